@@ -69,7 +69,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities (natural log, of the model's distribution before temperature and truncation) at one position."""
+    """Natural logs of the model's distribution at one position, before temperature and truncation."""
 
     logprob: float
     top_ids: tuple[int, ...] = ()
