@@ -108,5 +108,14 @@ class Settings(_Settings):
     ray: RaySettings = RaySettings()
     #: data-parallel ranks
     dp: Annotated[int, Field(ge=1, le=256)] = 1
-    #: sockets, log, local Ray; None: ~/.local/state/tidegate (or $XDG_STATE_HOME/tidegate)
+    #: sockets, log, demo model, local Ray; None: ~/.local/state/tidegate
     state_dir: Path | None = None
+
+    @property
+    def resolved_state_dir(self) -> Path:
+        """Where this node keeps what must be found again: `state_dir`, or a folder below the home directory."""
+        return self.state_dir or Path.home() / ".local" / "state" / "tidegate"
+
+    def with_model_path(self, directory: Path) -> Settings:
+        """The same settings with another model directory."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"path": directory})})
