@@ -1,0 +1,289 @@
+"""The file that the processes of a node share: made, taken over, mapped, retired, swept away.
+
+`<directory>/tidegate-<name>.kv` holds the words and the pages, `.lock` beside it says who lives. A file appears under
+its name only when it is whole, and loses its name only after its control page says so to everybody who maps it.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+import os
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from cache.arena import ArenaGeometry, control_words
+from cache.control_page import CONTROL_PAGE_BYTES, ControlPage, ControlPageWriter, FileIdentity
+from cache.processes import Processes
+from cache.shared_words import Fence
+from cache.writer_lock import Clock, FileLock, lock_as_writer
+from configs.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "tidegate-"
+_SUFFIXES = (".kv", ".new", ".lock")
+#: bytes reserved so far, bytes of the whole file
+Progress: TypeAlias = Callable[[int, int], None]
+
+#: posix_fallocate writes zeros at about 1.3 GB/s: a slice takes 0.2 s, often enough to show progress
+_RESERVE_SLICE_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class FilePaths:
+    """Where a node's file of one deployment lies. Two deployments, or two nodes on one machine, have two names."""
+
+    directory: Path
+    name: str
+
+    @property
+    def data(self) -> Path:
+        return self.directory / f"{PREFIX}{self.name}.kv"
+
+    @property
+    def fresh(self) -> Path:
+        """A file in the making; whoever holds the writer's lock may throw it away."""
+        return self.directory / f"{PREFIX}{self.name}.new"
+
+    @property
+    def lock(self) -> Path:
+        return self.directory / f"{PREFIX}{self.name}.lock"
+
+
+class OwnedFile:
+    """The file as its only writer has it: mapped whole and writable, under the writer's lock."""
+
+    def __init__(self, paths: FilePaths, lock: FileLock, mapping: mmap.mmap, fence: Fence, was_adopted: bool) -> None:
+        self.paths = paths
+        self.mapping = mapping
+        self.page = ControlPageWriter(control_words(mapping), fence)
+        #: pages and leases of an earlier writer are in it; False: it is new and empty
+        self.was_adopted = was_adopted
+        self._lock = lock
+
+    def close(self) -> None:
+        """Leave the file for a later adoption and let the lock go. The mapping ends with the last view of it."""
+        self._lock.release()
+
+    def retire(self) -> None:
+        """End the file: nobody matches in it any more, its name and its lock file are gone."""
+        self.page.retire()
+        self.paths.data.unlink(missing_ok=True)
+        self._lock.remove()
+
+
+class AttachedFile:
+    """The file as a rank has it: words read-only, data writable in the slots it holds a lease of."""
+
+    def __init__(self, lock: FileLock, words: mmap.mmap, data: mmap.mmap | None, fence: Fence) -> None:
+        self.words = words
+        #: None without a host tier
+        self.data = data
+        self.page = ControlPage(control_words(words), fence)
+        self._lock = lock
+
+    def close(self) -> None:
+        """Say that this process uses the file no longer. The mappings end with the last view of them."""
+        self._lock.release()
+
+
+@dataclass(frozen=True, slots=True)
+class FileMaker:
+    """What a writer brings along to own a file. `open` is the one thing it does."""
+
+    identity: FileIdentity
+    processes: Processes
+    clock: Clock
+    fence: Fence
+    #: random, 0 <= nonce < 2**63; marks the file if one has to be made
+    nonce: int
+    #: memory this machine or container has left; None: only the file system is asked
+    free_memory_bytes: int | None = None
+    on_progress: Progress | None = None
+
+    def open(self, paths: FilePaths) -> OwnedFile:
+        """Own the node's file: adopt the one that is there if it is of our lineage and layout, else make it anew.
+
+        A file that does not fit is retired first. Blocks while space is reserved (about 1.3 GB/s) and while an old
+        writer is being ended. Raises ConfigError, leaving no file of ours behind, if the name belongs to a living
+        deployment, the directory cannot be written, or the size does not fit.
+        """
+        try:
+            lock = lock_as_writer(paths.lock, self.identity.lineage, self.processes, self.clock)
+        except OSError as error:
+            raise ConfigError(f"cannot use {paths.directory} for the node's shared file: {error.strerror}") from error
+        try:
+            mapping = self._adopt(paths)
+            was_adopted = mapping is not None
+            if mapping is None:
+                mapping = self._make(paths)
+        except BaseException:
+            if paths.data.exists():
+                lock.release()
+            else:
+                lock.remove()
+            raise
+        return OwnedFile(paths, lock, mapping, self.fence, was_adopted)
+
+    def _adopt(self, paths: FilePaths) -> mmap.mmap | None:
+        mapping = _map_existing(paths.data)
+        if mapping is None:
+            paths.data.unlink(missing_ok=True)
+            return None
+        page = ControlPageWriter(control_words(mapping), self.fence)
+        reason = self.identity.difference(page)
+        if reason is None and page.read().is_retired:
+            reason = "it was retired"
+        if reason is None and len(mapping) != self._geometry.file_bytes:
+            reason = f"it is {len(mapping):,} bytes long, not {self._geometry.file_bytes:,}"
+        if reason is None:
+            return mapping
+        logger.warning("%s is discarded: %s", paths.data, reason)
+        page.retire()
+        paths.data.unlink()
+        return None
+
+    def _make(self, paths: FilePaths) -> mmap.mmap:
+        size = self._geometry.file_bytes
+        paths.fresh.unlink(missing_ok=True)
+        self._check_room(paths.directory, size)
+        fd = os.open(paths.fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            self._reserve(fd, size)
+            mapping = mmap.mmap(fd, size)
+            ControlPageWriter(control_words(mapping), self.fence).initialise(self.identity, self.nonce)
+            paths.fresh.rename(paths.data)
+        except BaseException:
+            paths.fresh.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(fd)
+        return mapping
+
+    @property
+    def _geometry(self) -> ArenaGeometry:
+        return ArenaGeometry(self.identity.num_slots, self.identity.page_bytes)
+
+    def _check_room(self, directory: Path, size: int) -> None:
+        file_system = os.statvfs(directory)
+        rooms = {f"{directory} has": file_system.f_bavail * file_system.f_frsize}
+        if self.free_memory_bytes is not None:
+            rooms["this machine's memory has"] = self.free_memory_bytes
+        for where, free_bytes in rooms.items():
+            if size > free_bytes:
+                raise _does_not_fit(size, f"{where} {free_bytes:,} free")
+
+    def _reserve(self, fd: int, size: int) -> None:
+        """Take the memory now: a hole that cannot be filled later would end its writer with SIGBUS."""
+        try:
+            for begin in range(0, size, _RESERVE_SLICE_BYTES):
+                length = min(_RESERVE_SLICE_BYTES, size - begin)
+                os.posix_fallocate(fd, begin, length)
+                if self.on_progress is not None:
+                    self.on_progress(begin + length, size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.ENOMEM):
+                raise _does_not_fit(size, os.strerror(error.errno)) from error
+            raise
+
+
+def attach(paths: FilePaths, fence: Fence, identity: FileIdentity | None = None) -> AttachedFile | None:
+    """Map the node's file as a reader. None: there is none (yet), or it is being removed; try again later.
+
+    identity: what the file must hold; None takes it as it is. Raises ConfigError if it holds something else.
+    """
+    lock = FileLock.try_read(paths.lock)
+    if lock is None:
+        return None
+    try:
+        attached = _attach_locked(paths.data, lock, fence, identity)
+    except BaseException:
+        lock.release()
+        raise
+    if attached is None:
+        lock.release()
+    return attached
+
+
+def _attach_locked(path: Path, lock: FileLock, fence: Fence, identity: FileIdentity | None) -> AttachedFile | None:
+    fd = _open_existing(path)
+    if fd is None:
+        return None
+    try:
+        words = _map(fd, mmap.ACCESS_READ)
+        if words is None:
+            raise ConfigError(f"{path} cannot be used: it is shorter than a control page")
+        page = ControlPage(control_words(words), fence)
+        geometry = ArenaGeometry(page.num_slots, page.page_bytes)
+        reason = None if identity is None else identity.difference(page)
+        if reason is None and len(words) != geometry.file_bytes:
+            reason = f"it is {len(words):,} bytes long, but its control page says {geometry.file_bytes:,}"
+        if reason is not None:
+            raise ConfigError(f"{path} cannot be used: {reason}")
+        # the same descriptor: under this name there may be another file by now
+        data = mmap.mmap(fd, geometry.data_bytes, offset=geometry.data_offset) if geometry.num_slots else None
+        return AttachedFile(lock, words, data, fence)
+    finally:
+        os.close(fd)
+
+
+def sweep(directory: Path, fence: Fence, keep: Collection[str] = ()) -> list[str]:
+    """Remove what dead deployments left in `directory`. The names removed, sorted.
+
+    A name is dead if neither a writer nor a reader has a lock on it; the kernel says so. `keep`: names not to touch,
+    such as the caller's own. Files of other users stay.
+    """
+    ours = (path for path in directory.glob(f"{PREFIX}*") if path.suffix in _SUFFIXES)
+    names = {path.stem.removeprefix(PREFIX) for path in ours}
+    return [name for name in sorted(names - set(keep)) if _sweep_one(FilePaths(directory, name), fence)]
+
+
+def _sweep_one(paths: FilePaths, fence: Fence) -> bool:
+    try:
+        lock = FileLock.try_alone(paths.lock)
+        if lock is None:
+            return False
+        mapping = _map_existing(paths.data)
+    except OSError as error:
+        logger.info("%s is left alone: %s", paths.data, error)
+        return False
+    if mapping is not None:
+        ControlPageWriter(control_words(mapping), fence).retire()
+    for path in (paths.data, paths.fresh):
+        path.unlink(missing_ok=True)
+    lock.remove()
+    return True
+
+
+def _map_existing(path: Path) -> mmap.mmap | None:
+    """The whole file, writable; None if there is none, or if it is too short to have a control page."""
+    fd = _open_existing(path)
+    if fd is None:
+        return None
+    try:
+        return _map(fd, mmap.ACCESS_WRITE)
+    finally:
+        os.close(fd)
+
+
+def _open_existing(path: Path) -> int | None:
+    try:
+        return os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+
+
+def _map(fd: int, access: int) -> mmap.mmap | None:
+    size = os.fstat(fd).st_size
+    return mmap.mmap(fd, size, access=access) if size >= CONTROL_PAGE_BYTES else None
+
+
+def _does_not_fit(size: int, why: str) -> ConfigError:
+    return ConfigError(
+        f"the node's shared file takes {size:,} bytes: {why}. Lower configs: host_tier.size_gb, or give the machine "
+        "(container: --shm-size) more"
+    )
