@@ -1,0 +1,108 @@
+"""Storage of the prefix index: one list per field of a node, a node is an index into them.
+
+Why not an object per node: the cyclic garbage collector visits every tracked object in a full pass, and 100,000 node
+objects with their dicts cost it a pause of several ms on the engine thread. Bytes, ints and dicts of bytes to ints are
+not tracked, so here it sees nine lists. A whole table is also taken apart by popping the ends of its lists.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NewType
+
+from cache.pages import PageIds
+from cache.types import TokenBytes
+
+#: row of the table; rows are used again after `release`
+NodeId = NewType("NodeId", int)
+#: "above the first page": the parent of nothing, the match of nothing
+NO_NODE: Final = NodeId(-1)
+
+#: the children of every leaf; shared, so nobody may write to it
+NO_CHILDREN: Final[dict[bytes, NodeId]] = {}
+
+#: token bytes of an edge whose release counts like one more node when a table is taken apart (freeing memory is
+#: what costs there: 64 KiB are 16 pages of the operating system)
+EDGE_BYTES_PER_UNIT: Final = 1 << 16
+
+
+class NodeTable:
+    """Columns of the tree. Plain data: the rules live in PrefixIndex and EvictionQueue."""
+
+    __slots__ = ("_vacant", "children", "edges", "is_queued", "owners", "pages", "parents", "starts", "used")
+
+    def __init__(self) -> None:
+        #: tokens from the parent's end to the node's own, whole pages, at least one; b"" in a vacant or dead row
+        self.edges: list[TokenBytes] = []
+        #: pages of these tokens, one id per page_size tokens
+        self.pages: list[PageIds] = []
+        #: first page of the child's edge -> child; NO_CHILDREN in a leaf
+        self.children: list[dict[bytes, NodeId]] = []
+        #: node above; in a node without one, ~stem_id (negative)
+        self.parents: list[int] = []
+        #: position of the edge's first byte in the sequence, in token bytes
+        self.starts: list[int] = []
+        #: holds that pin this node + children with owners; above 0 the node is not evictable
+        self.owners: list[int] = []
+        #: tick of the last use, stamped when a pin ends
+        self.used: list[int] = []
+        #: 1 while the node has its one entry in the eviction queue
+        self.is_queued = bytearray()
+        self._vacant: list[NodeId] = []
+
+    def __len__(self) -> int:
+        """Rows in use, dead ones that still have an entry in the eviction queue included."""
+        return len(self.edges) - len(self._vacant)
+
+    def add(self, edge: TokenBytes, pages: PageIds, parent: int, start: int, used: int) -> NodeId:
+        """A new leaf with no owners; linking it under `parent` is the caller's."""
+        if self._vacant:
+            node = self._vacant.pop()
+            self.edges[node], self.pages[node] = edge, pages
+            self.parents[node], self.starts[node], self.used[node] = parent, start, used
+            return node
+        self.edges.append(edge)
+        self.pages.append(pages)
+        self.children.append(NO_CHILDREN)
+        self.parents.append(parent)
+        self.starts.append(start)
+        self.owners.append(0)
+        self.used.append(used)
+        self.is_queued.append(0)
+        return NodeId(len(self.edges) - 1)
+
+    def end(self, node: NodeId) -> int:
+        """Position behind the edge's last byte in the sequence, in token bytes."""
+        return self.starts[node] + len(self.edges[node])
+
+    def release(self, node: NodeId) -> None:
+        """The node is gone. Its row is vacant at once, or once the eviction queue has dropped its entry."""
+        self.edges[node] = b""
+        self.pages[node] = b""
+        self.children[node] = NO_CHILDREN
+        self.owners[node] = 0
+        if not self.is_queued[node]:
+            self._vacant.append(node)
+
+    def vacate(self, node: NodeId) -> None:
+        """The dead node's queue entry is gone, so the row may be used again."""
+        self._vacant.append(node)
+
+    def shrink(self, budget: int) -> int:
+        """Take rows off the end until `budget` is used up; returns what is left of it (0: call again).
+
+        For tables nobody uses any more. One unit is a row, a child link, or 64 KiB of an edge.
+        """
+        edges, children = self.edges, self.children
+        while budget > 0 and edges:
+            links = children[-1]
+            while links and budget > 0:
+                links.popitem()
+                budget -= 1
+            if links:
+                return 0
+            budget -= 1 + len(edges.pop()) // EDGE_BYTES_PER_UNIT
+            children.pop()
+            self.pages.pop()
+        for column in (self.parents, self.starts, self.owners, self.used):
+            del column[len(edges) :]
+        return max(budget, 0)

@@ -1,0 +1,391 @@
+"""The prefix index: a compressed radix tree over pages, one set of trees per namespace.
+
+Edges are contiguous int32 token bytes, so a whole edge is verified by one memcmp and a mismatch is located only on the
+one edge where paths part. A match changes nothing; edges are split on insert only. Positions (`start`, `stop`, `limit`)
+are in token bytes and whole pages.
+
+After RadixAttention (SGLang, arXiv 2312.07104); tricks and figures: docs/decisions/0003-prefix-index.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+
+from cache.eviction import EvictionQueue
+from cache.node_table import NO_CHILDREN, NO_NODE, NodeId, NodeTable
+from cache.pages import PAGE_ID_BYTES, PageIds
+from cache.stems import Space, StemId, StemTable
+from cache.types import TOKEN_BYTES, Namespace, TokenBytes
+from configs.errors import InvariantError
+
+#: a leaf grows in place while its edge is this short or the new part is a good share of it; beyond that a new node is
+#: cheaper than copying the edge (a 128k prompt published in chunks of 2k: 9 edges, not 64)
+_GROW_FREELY_BYTES: Final = 1 << 16
+_GROW_SHARE: Final = 8
+
+
+class PrefixIndex:
+    """Maps (namespace, tokens) to pages. It owns the pages that were inserted until it returns them by `evict`,
+    `release_detached` or `take_pages`; it never allocates one.
+    """
+
+    __slots__ = (
+        "_tick", "detached", "num_detached", "num_pages", "num_pinned", "page_bytes", "queue", "spaces", "stems",
+        "table",
+    )  # fmt: skip
+
+    def __init__(self, page_size: int) -> None:
+        self.page_bytes = page_size * TOKEN_BYTES
+        self.table = NodeTable()
+        self.queue = EvictionQueue(self.table)
+        self.stems = StemTable()
+        self.spaces: dict[Namespace, Space] = {}
+        #: pages that can be matched
+        self.num_pages = 0
+        #: of these, pages of nodes with owners
+        self.num_pinned = 0
+        #: pages of dropped parts that were not taken apart yet: unreachable, unowned, as good as free
+        self.num_detached = 0
+        #: links into dropped parts, taken apart by `release_detached`; empty dicts come off last
+        self.detached: list[dict[bytes, NodeId]] = []
+        #: order of uses; not a clock
+        self._tick = 1
+
+    @property
+    def num_evictable(self) -> int:
+        return self.num_pages - self.num_pinned
+
+    # ------------------------------------------------------------------------------------------------- match and pin
+    def match(self, namespace: Namespace, tokens: TokenBytes, limit: int) -> tuple[NodeId, int]:
+        """The longest cached prefix of tokens[:limit]: (node in which it ends, its length), (NO_NODE, 0) if none.
+
+        The match may end inside the node's edge. Changes nothing. One dict get and one memcmp an edge.
+        """
+        space = self.spaces.get(namespace)
+        return self._walk(space.tops, NO_NODE, 0, tokens, limit) if space is not None else (NO_NODE, 0)
+
+    def path_pages(self, node: NodeId, stop: int) -> PageIds:
+        """Pages of the sequence up to `stop`, which lies in the node's edge. O(edges) and one copy."""
+        pages, parents = self.table.pages, self.table.parents
+        parts: list[PageIds] = []
+        above: int = node
+        while above >= 0:
+            parts.append(pages[above])
+            above = parents[above]
+        parts.reverse()
+        return b"".join(parts)[: stop // self.page_bytes * PAGE_ID_BYTES]
+
+    def pin(self, node: NodeId) -> None:
+        """The node and all above it are not evicted until `unpin`. O(1): stops at the first node that has owners.
+
+        (It goes further up only through nodes nobody used, which keeps the number of pinned pages exact.)
+        """
+        owners, parents, pages = self.table.owners, self.table.parents, self.table.pages
+        above: int = node
+        while above >= 0:
+            owners[above] += 1
+            if owners[above] > 1:
+                return
+            self.num_pinned += len(pages[above]) // PAGE_ID_BYTES
+            above = parents[above]
+
+    def unpin(self, node: NodeId) -> None:
+        """Undo one `pin`, and stamp the node as used now. O(1) like it."""
+        owners, parents, pages = self.table.owners, self.table.parents, self.table.pages
+        self._tick += 1
+        self.table.used[node] = self._tick
+        above: int = node
+        while above >= 0:
+            owners[above] -= 1
+            if owners[above]:
+                break
+            self.num_pinned -= len(pages[above]) // PAGE_ID_BYTES
+            above = parents[above]
+        self.queue.offer(node)
+
+    # -------------------------------------------------------------------------------------------------------- insert
+    def insert(
+        self, namespace: Namespace, handle: NodeId, start: int, tokens: TokenBytes, stop: int, pages: PageIds,
+        birth_s: float,
+    ) -> tuple[NodeId, int]:  # fmt: skip
+        """Record that `pages` hold the KV of tokens[start:stop].
+
+        handle: a pinned node in whose edge tokens[:start] ends (NO_NODE with start 0); the tree is read from there.
+        birth_s: no KV among `pages` is older; the stem's birth is at most that from now on.
+        Returns (node in which tokens[:stop] now ends, known): tokens[start:known] were in the tree already, these of
+        `pages` stay the caller's; the index takes ownership of the others. The node is not pinned. O(edges + len).
+        """
+        node, known = self._resume(namespace, handle, start, tokens, stop)
+        if known < start:
+            raise InvariantError(f"tokens[:{start}] are not those under which node {handle} was pinned")
+        if node >= 0:
+            self.stems.lower_birth(self.stem_of(node), birth_s)
+        if known < stop:
+            fresh = pages[(known - start) // self.page_bytes * PAGE_ID_BYTES :]
+            node = self._add(namespace, handle, node, known, tokens[known:stop], fresh, birth_s)
+        return node, known
+
+    def _resume(
+        self, namespace: Namespace, handle: NodeId, start: int, tokens: TokenBytes, stop: int
+    ) -> tuple[NodeId, int]:
+        table = self.table
+        above: int = handle
+        while above >= 0 and table.starts[above] >= start:  # the edge was split since the handle was pinned
+            above = table.parents[above]
+        if above < 0:
+            return self.match(namespace, tokens, stop)
+        node = NodeId(above)
+        if table.end(node) == start:
+            return self._walk(table.children[node], node, start, tokens, stop)
+        return self._walk(self._siblings(node), NO_NODE, table.starts[node], tokens, stop)
+
+    def _walk(
+        self, children: dict[bytes, NodeId], node: NodeId, pos: int, tokens: TokenBytes, limit: int
+    ) -> tuple[NodeId, int]:
+        page_bytes, edges, links = self.page_bytes, self.table.edges, self.table.children
+        while pos < limit:
+            child = children.get(tokens[pos : pos + page_bytes])
+            if child is None:
+                return node, pos
+            edge = edges[child]
+            if not tokens.startswith(edge, pos):
+                return child, min(limit, pos + self._common(edge, tokens, pos))
+            node = child
+            pos += len(edge)
+            children = links[child]
+        return node, min(pos, limit)
+
+    def _common(self, edge: TokenBytes, tokens: TokenBytes, pos: int) -> int:
+        """Bytes, in whole pages, that `edge` and tokens[pos:] have in common."""
+        num_tokens = min(len(edge), len(tokens) - pos) // TOKEN_BYTES
+        ours = np.frombuffer(edge, np.int32, num_tokens)
+        differs = ours != np.frombuffer(tokens, np.int32, num_tokens, pos)
+        first = int(differs.argmax())
+        num_equal = first if differs[first] else num_tokens
+        return num_equal * TOKEN_BYTES // self.page_bytes * self.page_bytes
+
+    def _add(
+        self, namespace: Namespace, handle: NodeId, node: NodeId, pos: int, edge: TokenBytes, pages: PageIds,
+        birth_s: float,
+    ) -> NodeId:  # fmt: skip
+        table = self.table
+        if node >= 0 and pos < table.end(node):
+            node = self._split(node, pos)
+        num_pages = len(pages) // PAGE_ID_BYTES
+        if self._may_grow(node, handle) and _grows_in_place(len(table.edges[node]), len(edge)):
+            table.edges[node] += edge
+            table.pages[node] += pages
+            if table.owners[node]:
+                self.num_pinned += num_pages
+        else:
+            node = self._attach(namespace, node, pos, edge, pages, birth_s)
+        self._count(self.stem_of(node), num_pages)
+        return node
+
+    def _may_grow(self, node: NodeId, handle: NodeId) -> bool:
+        """A leaf that nobody else pins: another's pin would hold pages that it does not use."""
+        return node >= 0 and not self.table.children[node] and self.table.owners[node] == (node == handle)
+
+    def _attach(
+        self, namespace: Namespace, parent: int, pos: int, edge: TokenBytes, pages: PageIds, birth_s: float
+    ) -> NodeId:
+        table = self.table
+        if parent < 0:
+            siblings = self.spaces.setdefault(namespace, Space()).tops
+            parent = ~self.stems.add(namespace, birth_s)
+        else:
+            siblings = table.children[parent]
+            if siblings is NO_CHILDREN:
+                siblings = table.children[parent] = {}
+        leaf = table.add(edge, pages, parent, pos, self._tick)
+        siblings[edge[: self.page_bytes]] = leaf
+        return leaf
+
+    def _split(self, node: NodeId, pos: int) -> NodeId:
+        """Cut the node's edge at `pos`. The node keeps the lower part, so whoever pinned it stays right."""
+        table, edge, pages = self.table, self.table.edges[node], self.table.pages[node]
+        cut = pos - table.starts[node]
+        page_cut = cut // self.page_bytes * PAGE_ID_BYTES
+        siblings = self._siblings(node)
+        upper = table.add(edge[:cut], pages[:page_cut], table.parents[node], table.starts[node], table.used[node])
+        table.owners[upper] = 1 if table.owners[node] else 0
+        table.children[upper] = {edge[cut : cut + self.page_bytes]: node}
+        table.edges[node], table.pages[node] = edge[cut:], pages[page_cut:]
+        table.parents[node], table.starts[node] = upper, pos
+        siblings[edge[: self.page_bytes]] = upper
+        return upper
+
+    # --------------------------------------------------------------------------------------------------------- evict
+    def evict(self, num_pages: int) -> list[PageIds]:
+        """Give up at least one leaf's tail at a time until `num_pages` are out, least recently used first.
+
+        Pages of nodes with owners stay. Returns the pages, which are the caller's; fewer than asked when nothing
+        evictable is left. The last leaf loses only the part that is needed.
+        Call it only when `release_detached` has nothing left: pages that are as good as free go first.
+        """
+        if self.detached:
+            raise InvariantError("eviction while dropped pages wait to be freed")
+        out: list[PageIds] = []
+        while num_pages > 0 and (node := self.queue.pop()) >= 0:
+            pages = self._trim(node, num_pages) if self._is_longer(node, num_pages) else self._remove(node)
+            num_pages -= len(pages) // PAGE_ID_BYTES
+            out.append(pages)
+        return out
+
+    def _is_longer(self, node: NodeId, num_pages: int) -> bool:
+        return len(self.table.pages[node]) > num_pages * PAGE_ID_BYTES
+
+    def _trim(self, leaf: NodeId, num_pages: int) -> PageIds:
+        table, pages = self.table, self.table.pages[leaf]
+        table.edges[leaf] = table.edges[leaf][: -num_pages * self.page_bytes]
+        table.pages[leaf] = pages[: -num_pages * PAGE_ID_BYTES]
+        self.queue.offer(leaf)
+        self._count(self.stem_of(leaf), -num_pages)
+        return pages[-num_pages * PAGE_ID_BYTES :]
+
+    def _remove(self, leaf: NodeId) -> PageIds:
+        table, pages, parent = self.table, self.table.pages[leaf], self.table.parents[leaf]
+        stem = self.stem_of(leaf)
+        del self._siblings(leaf)[table.edges[leaf][: self.page_bytes]]
+        self._count(stem, -(len(pages) // PAGE_ID_BYTES))
+        if parent >= 0:
+            above = NodeId(parent)
+            table.used[above] = max(table.used[above], table.used[leaf])
+            if not table.children[above]:
+                table.children[above] = NO_CHILDREN
+                self.queue.offer(above)
+        else:
+            self._release_stem(stem)
+        table.release(leaf)
+        return pages
+
+    # --------------------------------------------------------------------------------------------------------- scope
+    def stem_of(self, node: NodeId) -> StemId:
+        """O(depth)."""
+        parents = self.table.parents
+        above = parents[node]
+        while above >= 0:
+            above = parents[above]
+        return StemId(~above)
+
+    def iter_tops(self) -> Iterator[tuple[Namespace, bytes, NodeId]]:
+        """(namespace, first page, node) of every stem."""
+        for namespace, space in self.spaces.items():
+            for first_page, top in space.tops.items():
+                yield namespace, first_page, top
+
+    def birth_of(self, node: NodeId) -> float:
+        """Seconds; the chain that ends here holds no KV computed earlier. O(depth)."""
+        return self.stems.births[self.stem_of(node)]
+
+    def num_stem_pages(self, namespace: Namespace, first_page: bytes) -> int:
+        return self.stems.num_pages[self.stem_of(self.spaces[namespace].tops[first_page])]
+
+    def detach_space(self, namespace: Namespace) -> int:
+        """Cut a whole namespace off. Its pages count as detached until released; returns how many. O(1)."""
+        space = self.spaces.pop(namespace, None)
+        if space is None:
+            return 0
+        return self._detach(space.tops, space.num_pages)
+
+    def detach_stem(self, namespace: Namespace, first_page: bytes) -> int:
+        """Cut off what begins with `first_page`; returns the number of its pages. O(1)."""
+        space = self.spaces[namespace]
+        top = space.tops[first_page]
+        stem = self.stem_of(top)
+        num_pages = self.stems.num_pages[stem]
+        del space.tops[first_page]
+        space.num_pages -= num_pages
+        if not space.tops:
+            del self.spaces[namespace]
+        return self._detach({first_page: top}, num_pages)
+
+    def take_pages(self, node: NodeId) -> PageIds:
+        """Move the pages of a pinned node out of the index for good: they go on as fenced pages, owned elsewhere.
+
+        The caller detaches the node, or gives the whole index up, before anything is matched.
+        """
+        pages = self.table.pages[node]
+        num_pages = len(pages) // PAGE_ID_BYTES
+        self.table.pages[node] = b""
+        self.table.owners[node] = 0
+        self.num_pinned -= num_pages
+        self._count(self.stem_of(node), -num_pages)
+        return pages
+
+    def release_detached(self, budget: int, out: list[PageIds]) -> int:
+        """Take detached parts apart, `budget` nodes at most; their pages are appended to `out` and the caller's.
+
+        Returns what is left of the budget; 0: call again.
+        """
+        table = self.table
+        while budget > 0 and self.detached:
+            links = self.detached[-1]
+            if not links:
+                self.detached.pop()
+                continue
+            node = links.popitem()[1]
+            if table.children[node]:
+                self.detached.append(table.children[node])
+            if table.parents[node] < 0:
+                self.stems.release(StemId(~table.parents[node]))
+            self._free_detached(node, out)
+            budget -= 1
+        return budget
+
+    def shrink(self, budget: int) -> int:
+        """Take apart an index that nobody uses any more; returns what is left of the budget (0: call again)."""
+        while budget > 0 and self.spaces:
+            self.detached.append(self.spaces.popitem()[1].tops)
+            budget -= 1
+        while budget > 0 and self.detached:
+            links = self.detached[-1]
+            if links:
+                links.popitem()
+                budget -= 1
+            else:
+                self.detached.pop()
+        budget = self.table.shrink(budget)
+        budget = self.queue.shrink(budget)
+        return self.stems.shrink(budget)
+
+    # ------------------------------------------------------------------------------------------------------- private
+    def _siblings(self, node: NodeId) -> dict[bytes, NodeId]:
+        """The dict that links to the node."""
+        parent = self.table.parents[node]
+        if parent >= 0:
+            return self.table.children[parent]
+        return self.spaces[self.stems.namespaces[~parent]].tops
+
+    def _count(self, stem: StemId, num_pages: int) -> None:
+        self.num_pages += num_pages
+        self.stems.num_pages[stem] += num_pages
+        self.spaces[self.stems.namespaces[stem]].num_pages += num_pages
+
+    def _release_stem(self, stem: StemId) -> None:
+        namespace = self.stems.namespaces[stem]
+        if not self.spaces[namespace].tops:
+            del self.spaces[namespace]
+        self.stems.release(stem)
+
+    def _detach(self, links: dict[bytes, NodeId], num_pages: int) -> int:
+        self.detached.append(links)
+        self.num_pages -= num_pages
+        self.num_detached += num_pages
+        return num_pages
+
+    def _free_detached(self, node: NodeId, out: list[PageIds]) -> None:
+        table = self.table
+        if pages := table.pages[node]:
+            self.num_detached -= len(pages) // PAGE_ID_BYTES
+            out.append(pages)
+        if table.is_queued[node]:
+            self.queue.note_dead()
+        table.release(node)
+
+
+def _grows_in_place(edge_bytes: int, fresh_bytes: int) -> bool:
+    return edge_bytes <= _GROW_FREELY_BYTES or edge_bytes <= _GROW_SHARE * fresh_bytes
