@@ -1,0 +1,56 @@
+"""What to do about the pending flush in this turn, and whom it concerns. Functions of what they are given."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+from engine.flush import Blockers, FlushCommand, FlushScope
+from engine.flush_gate import STEP_MODES, PendingFlush
+from engine.sequence import Sequence
+
+#: tiers a rank holds itself; a flush that names none of them has nothing to do here
+RANK_TIERS = frozenset({"device"})
+
+Choice: TypeAlias = Literal["over", "expire", "time_out", "refuse", "impossible", "wait", "execute"]
+
+
+def choose(pending: PendingFlush, blockers: Blockers, *, is_first_look: bool, now_s: float) -> Choice:
+    """What becomes of a pending flush at this step boundary.
+
+    A command whose deadline has passed is never executed: `expire` when the engine sees it for the first time (the
+    process was frozen, or the command was long on its way), `time_out` when it has waited here. `over`: somebody
+    else has ended it.
+    """
+    if pending.claim.state != "pending":
+        return "over"
+    if now_s >= pending.deadline_s:
+        return "expire" if is_first_look else "time_out"
+    if impossible(pending.command) is not None:
+        return "impossible"
+    if pending.command.mode in STEP_MODES or pending.command.dry_run or is_idle(blockers):
+        return "execute"
+    return "refuse" if pending.is_now_or_never else "wait"
+
+
+def is_idle(blockers: Blockers) -> bool:
+    """No running and no half-prefilled request. A copy in flight carries its epoch and never makes a flush fail."""
+    return not (blockers.running or blockers.half_prefilled)
+
+
+def impossible(command: FlushCommand) -> str | None:
+    """Why this rank cannot do what is asked, or None."""
+    if not RANK_TIERS & set(command.tiers):
+        return f"This rank holds no tier of {', '.join(command.tiers) or 'an empty list'}; it holds device."
+    if command.scope is not None and command.scope.adapter is not None:
+        return f"No adapter {command.scope.adapter!r} is served here; this rank serves no adapters."
+    return None
+
+
+def is_in_scope(sequence: Sequence, scope: FlushScope | None, page_size: int) -> bool:
+    """Whether a running request may hold KV that the flush drops. Says yes when in doubt (age)."""
+    if scope is None or scope.older_than_s is not None:
+        return True
+    if scope.prefix_tokens is not None:
+        first_page = scope.prefix_tokens[: 4 * page_size]
+        return sequence.request.tokens.startswith(first_page) or first_page.startswith(sequence.request.tokens)
+    return scope.namespace == sequence.namespace

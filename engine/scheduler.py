@@ -1,0 +1,282 @@
+"""Continuous batching over a page pool, as a machine: events in, commands out, no clock, no threads, no torch.
+
+A turn: the inbox was drained, the control words were read, `TurnStarted` brings them. Then, in this order: swap if a
+floor says so, look at the pending flush, decode rows, prefill chunks, admissions with their match. A match is never
+done anywhere else, so none outlives the words it was made under (protocol.md, invariants 5 and 6).
+
+When pages run out the youngest running request gives way: it keeps its tokens, loses its KV and waits in front. The
+oldest one never gives way to anybody, so it always ends, and after it the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal, TypeAlias
+
+from cache.device_cache import DeviceCache
+from configs.errors import InvariantError
+from engine.batch import StepResult
+from engine.commands import CacheSuspect, Command, Emit, RunBatch
+from engine.events import (
+    AbortRequested,
+    CheckDue,
+    Event,
+    FlushArrived,
+    RequestArrived,
+    StepFailed,
+    StepFinished,
+    TurnStarted,
+)
+from engine.flush_desk import FlushDesk
+from engine.limits import SchedulerLimits
+from engine.plan import Row, build_batch
+from engine.request import FinishReason
+from engine.roster import Roster
+from engine.sequence import Sequence
+from engine.snapshot import Counters, EngineSnapshot
+from engine.story import Story, StoryLine
+
+State: TypeAlias = Literal["between_steps", "stepping"]
+#: the legal moves; what is not here raises and changes nothing
+LEGAL: dict[State, frozenset[type[Event]]] = {
+    "between_steps": frozenset({RequestArrived, AbortRequested, FlushArrived, TurnStarted, CheckDue}),
+    "stepping": frozenset({RequestArrived, AbortRequested, FlushArrived, StepFinished, StepFailed}),
+}
+#: nodes of old trees taken apart per turn; 0.6 us each (DeviceCache.reap), so well under 1 ms
+REAP_NODES = 1000
+
+
+class Scheduler:
+    """One rank's requests and who of them computes what next. Only `handle` changes anything."""
+
+    def __init__(self, cache: DeviceCache, limits: SchedulerLimits) -> None:
+        self._cache = cache
+        self._limits = limits
+        self._story = Story()
+        self._counters = Counters()
+        self._roster = Roster(cache, limits, self._counters, self._story)
+        self._desk = FlushDesk(cache, self._roster, self._story, limits.bytes_per_page)
+        #: rows of the batch that is out; empty between steps
+        self._rows: list[Row] = []
+        self._step = 0
+        #: old trees are being taken apart
+        self._has_litter = False
+
+    def handle(self, event: Event, now_s: float) -> list[Command]:
+        """Take an event in; what is to be done now, in order. An illegal event raises and changes nothing.
+
+        `now_s` is seconds of a clock that never goes back. Raises InvariantError with the story.
+        """
+        if type(event) not in LEGAL[self.state]:
+            raise self._broken(f"{type(event).__name__} came while {self.state}")
+        commands = self._dispatch(event, now_s)
+        outputs, self._roster.outputs = self._roster.outputs, []
+        return [Emit(outputs), *commands] if outputs else commands
+
+    @property
+    def state(self) -> State:
+        return "stepping" if self._rows else "between_steps"
+
+    @property
+    def has_work(self) -> bool:
+        """Whether another turn would do something; without, the driver may sleep until the next event."""
+        roster = self._roster
+        return bool(roster.running or roster.waiting or self._desk.pending is not None or self._has_litter)
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        """Admitted sequences, oldest first."""
+        return tuple(self._roster.running)
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The batch that is out, row by row."""
+        return tuple(self._rows)
+
+    def story(self, request_id: str) -> list[StoryLine]:
+        """What happened to a request and around it, oldest first; a bounded memory."""
+        return self._story.of(request_id)
+
+    def snapshot(self) -> EngineSnapshot:
+        """The picture other threads see. O(running)."""
+        cache, counts, pending = self._cache, self._cache.counts(), self._desk.pending
+        return EngineSnapshot(
+            step=self._step,
+            is_stepping=bool(self._rows),
+            blockers=self._roster.blockers(),
+            num_waiting=len(self._roster.waiting),
+            epoch=cache.epoch,
+            generation=cache.generation,
+            num_pages=cache.num_pages,
+            num_free_pages=counts.free,
+            num_cached_pages=counts.cached,
+            num_pinned_pages=counts.pinned,
+            num_private_pages=counts.private,
+            num_fenced_pages=counts.fenced,
+            num_evicted_pages=cache.num_evicted_pages,
+            lease_ok=self._roster.lease_ok,
+            pending_flush_id=None if pending is None else pending.command.flush_id,
+            counters=replace(self._counters),
+        )
+
+    def check(self) -> None:
+        """Look everything over. Raises InvariantError with the story. O(pages); for tests and post-mortems."""
+        faults = self._cache.sanity_check() + self._roster.faults()
+        if faults:
+            raise self._broken("; ".join(faults))
+
+    def _broken(self, message: str) -> InvariantError:
+        return InvariantError(message, self._story.latest())
+
+    def _dispatch(self, event: Event, now_s: float) -> list[Command]:
+        match event:
+            case TurnStarted():
+                return self._turn(event, now_s)
+            case StepFinished(result):
+                self._finish_step(result, now_s)
+            case RequestArrived():
+                self._arrive(event, now_s)
+            case AbortRequested():
+                self._abort(event, now_s)
+            case FlushArrived(pending):
+                ended = self._desk.take(pending, now_s)
+                return [] if ended is None else [ended]
+            case StepFailed(message):
+                self._fail_step(message, now_s)
+            case CheckDue():
+                return self._check_cache(now_s)
+        return []
+
+    # ----------------------------------------------------------------------------------------------------- arrivals
+    def _arrive(self, event: RequestArrived, now_s: float) -> None:
+        request = event.request
+        known = self._roster.live.get(request.request_id)
+        if known is not None and request.attempt <= known.request.attempt:
+            self._counters.num_duplicates += 1
+            return
+        if known is not None:
+            self._abort_one(known, f"attempt {request.attempt} took its place", now_s)
+        self._roster.take_in(request, now_s)
+
+    def _abort(self, event: AbortRequested, now_s: float) -> None:
+        live = self._roster.live
+        ids = live if event.request_ids is None else event.request_ids
+        for sequence in [live[request_id] for request_id in dict.fromkeys(ids) if request_id in live]:
+            self._abort_one(sequence, event.reason, now_s)
+
+    def _abort_one(self, sequence: Sequence, reason: str, now_s: float) -> None:
+        """End it now, or, while the model writes its pages, when the step is over."""
+        if any(row.sequence is sequence for row in self._rows):
+            sequence.abort_reason = reason
+        else:
+            self._roster.abort(sequence, reason, now_s)
+
+    # ----------------------------------------------------------------------------------------------------- the turn
+    def _turn(self, event: TurnStarted, now_s: float) -> list[Command]:
+        commands: list[Command] = []
+        words, cache = event.words, self._cache
+        self._roster.lease_ok = words.lease_ok
+        if words.least_epoch > cache.epoch:
+            self._desk.swap_to_floor(words.least_epoch, now_s)
+            self._counters.num_floor_swaps += 1
+        ended = self._desk.look(now_s)
+        if ended is not None:
+            commands.append(ended)
+        self._rows = self._plan(now_s)
+        if self._rows:
+            self._step += 1
+            commands.append(RunBatch(build_batch(self._step, self._rows, cache.page_size)))
+        self._has_litter = cache.reap(REAP_NODES)
+        return commands
+
+    def _plan(self, now_s: float) -> list[Row]:
+        """Decodes first, then prompts under way, then newcomers, within max_step_tokens."""
+        num_retractions = self._counters.num_retractions
+        rows = self._decode_rows(now_s)
+        budget = self._limits.max_step_tokens - len(rows)
+        for sequence in self._roster.running:
+            if budget and sequence.num_remaining > 1:
+                rows.append(Row(sequence, min(sequence.num_remaining, budget)))
+                budget -= rows[-1].num_new
+        is_short_of_pages = self._counters.num_retractions > num_retractions
+        if not is_short_of_pages and not self._desk.holds_admission:
+            rows.extend(self._admitted_rows(budget, now_s))
+        if not rows and self._roster.waiting and not self._desk.holds_admission:
+            raise self._broken("nothing runs, and the first of the queue does not get its pages")
+        return rows
+
+    def _decode_rows(self, now_s: float) -> list[Row]:
+        """One row per sequence that wants its next token, after the youngest gave way where pages are short."""
+        wanting = [sequence for sequence in self._roster.running if sequence.num_remaining == 1]
+        return [Row(sequence, 1) for sequence in wanting if self._make_room(sequence, now_s)]
+
+    def _make_room(self, sequence: Sequence, now_s: float) -> bool:
+        """Pages for all its tokens; False if it had to give way itself, now or to an older one before."""
+        while (hold := sequence.hold) is not None:
+            if sequence.num_tokens <= hold.num_tokens_capacity or self._cache.try_extend(hold, sequence.num_tokens):
+                return True
+            self._roster.retract(self._roster.running[-1], now_s, may_publish=True)
+        return False
+
+    def _admitted_rows(self, budget: int, now_s: float) -> Iterator[Row]:
+        """Admit from the front of the queue while tokens, places and pages last."""
+        while budget and (sequence := self._roster.try_admit_head(now_s)) is not None:
+            row = Row(sequence, min(sequence.num_remaining, budget))
+            budget -= row.num_new
+            yield row
+
+    # ------------------------------------------------------------------------------------------- the end of a step
+    def _finish_step(self, result: StepResult, now_s: float) -> None:
+        if result.step != self._step or len(result.token_ids) != sum(row.samples for row in self._rows):
+            raise self._broken(f"the result of step {result.step} does not answer step {self._step}")
+        rows, self._rows = self._rows, []
+        self._counters.num_steps += 1
+        place = 0
+        for row in rows:
+            samples = row.samples
+            self._advance(row, result, place if samples else None, now_s)
+            place += samples
+
+    def _advance(self, row: Row, result: StepResult, place: int | None, now_s: float) -> None:
+        """One row was computed; `place` is where its sampled token stands in the result."""
+        sequence, roster = row.sequence, self._roster
+        is_prefill = row.num_new > 1 or place is None
+        sequence.num_computed += row.num_new
+        self._counters.num_prefill_tokens += row.num_new if is_prefill else 0
+        self._counters.num_chunks += place is None
+        finish = None if place is None else self._take_token(sequence, result, place, now_s)
+        if finish is not None:
+            roster.leave(sequence, now_s, may_publish=True)
+            roster.forget(sequence, finish, now_s)
+        elif sequence.abort_reason is not None:
+            roster.abort(sequence, sequence.abort_reason, now_s)
+        elif is_prefill and sequence.hold is not None:
+            roster.publish(sequence, sequence.hold, sequence.num_computed, now_s)
+
+    def _take_token(self, sequence: Sequence, result: StepResult, place: int, now_s: float) -> FinishReason | None:
+        token = result.token_ids[place]
+        finish = sequence.append(token, now_s)
+        self._counters.num_generated_tokens += 1
+        self._roster.outputs.append(sequence.output(token, result.logprobs[place], finish))
+        return finish
+
+    def _fail_step(self, message: str, now_s: float) -> None:
+        """End the requests of the step; what the model left in their pages is published nowhere."""
+        rows, self._rows = self._rows, []
+        self._counters.num_failed_steps += 1
+        self._story.tell(now_s, "", f"step {self._step} failed: {message}")
+        for row in rows:
+            self._roster.leave(row.sequence, now_s, may_publish=False)
+            self._roster.finish(row.sequence, "error", message, now_s)
+
+    def _check_cache(self, now_s: float) -> list[Command]:
+        """A violation empties the cache (whatever is wrong with it, nothing will match it) and is never fatal."""
+        violations = self._cache.sanity_check()
+        if not violations:
+            return []
+        self._counters.num_violations += len(violations)
+        self._cache.swap(self._cache.epoch)
+        self._has_litter = True
+        self._story.tell(now_s, "", f"cache emptied after {len(violations)} violations: {violations[0]}")
+        return [CacheSuspect(violations)]
