@@ -113,7 +113,8 @@ def _build_model(shape: _Shape, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
         pad_token_id=end_ids[1],
         dtype="float32",
     )
-    model = LlamaForCausalLM(config)
+    with torch.random.fork_rng(devices=[]):
+        model = LlamaForCausalLM(config)
     fill_weights(model, seed=0)
     model.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=end_ids[1])
     return model

@@ -108,15 +108,15 @@ def _read_weights(
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that the report names them
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"the weights in {directory} cannot be loaded: {reason}") from error
     module, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
-    for kind in ("missing_keys", "mismatched_keys"):
-        if report[kind]:
-            names = ", ".join(sorted(str(key) for key in report[kind])[:3])
-            raise ConfigError(f"the weights in {directory} do not fit {model_class.__name__}: {kind} {names}")
+    problem = _loading_problem(report)
+    if problem:
+        raise ConfigError(f"the weights in {directory} do not fit {model_class.__name__}: {problem}")
     if dtype == "auto" and device.type == "cpu" and module.dtype == torch.float16:
         # half precision on a CPU is emulated: slower than float32 and less exact
         module = module.float()
@@ -124,6 +124,15 @@ def _read_weights(
         raise ConfigError(f"the weights in {directory} are {module.dtype}; choose model.dtype: {', '.join(_DTYPES)}")
     torch.nn.Module.to(module, device)
     return module.eval().requires_grad_(False)
+
+
+def _loading_problem(report: dict[str, Any]) -> str:
+    """transformers fills what is missing or misshapen with noise, and only warns."""
+    problems = [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    for name, stored, wanted in sorted(report["mismatched_keys"]):
+        problems.append(f"{name} is {list(stored)} in the file, {list(wanted)} in the model")
+    more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return "; ".join(problems[:3]) + more
 
 
 def _facts(

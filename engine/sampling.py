@@ -189,7 +189,8 @@ def _rank(
     by_min_p = (ranked >= min_p[:, None] * ranked[:, :1]).sum(dim=-1)
     # all K pass: how many more would is not known, unless K is everything
     by_min_p = torch.where(by_min_p < num_candidates, by_min_p, vocab_size)
-    return ids, torch.minimum(torch.minimum(top_k, by_top_p), by_min_p), cumulative
+    # at least the likeliest one, also where NaN logits compare false with everything
+    return ids, torch.minimum(torch.minimum(top_k, by_top_p), by_min_p).clamp(min=1), cumulative
 
 
 def _ranked_ids(scores: Tensor, num: int) -> Tensor:

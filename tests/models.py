@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import save_file
+from safetensors.torch import save_model
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -56,5 +56,5 @@ def write_checkpoint(directory: Path, config: PretrainedConfig, seed: int = 0) -
     fill_weights(model, seed)
     config.architectures = [type(model).__name__]
     config.save_pretrained(directory)
-    save_file({n: t.contiguous() for n, t in model.state_dict().items()}, directory / "model.safetensors")
+    save_model(model, str(directory / "model.safetensors"))
     return directory
