@@ -118,6 +118,10 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
+def tiny(**fields: Any) -> dict[str, Any]:
+    return TINY | fields
+
+
 def test_files_that_are_missing_or_broken(tmp_path: Path) -> None:
     assert "does not exist" in refusal(tmp_path / "absent")
     assert "no config.json" in refusal(tmp_path)
@@ -186,7 +190,7 @@ def test_sliding_window_shorter_than_the_context(tmp_path: Path) -> None:
 
 
 def test_sliding_window_in_some_layers(tmp_path: Path) -> None:
-    config = Qwen2Config(**TINY | {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1})
+    config = Qwen2Config(**tiny(use_sliding_window=True, sliding_window=32, max_window_layers=1))
 
     assert "sliding_window 32" in refusal(write_config(tmp_path, config))
 
@@ -208,7 +212,7 @@ def test_rope_that_depends_on_the_row(tmp_path: Path, rope: dict[str, Any]) -> N
         (T5Config(vocab_size=64, d_model=16), "encoder-decoder"),
         (MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2), "recurrent state"),
         (BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2), "attention interface"),
-        (Qwen3NextConfig(**TINY), "recurrent state"),
+        (Qwen3NextConfig(**tiny()), "recurrent state"),
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )
@@ -219,10 +223,10 @@ def test_models_with_another_cache(tmp_path: Path, config: PretrainedConfig, rea
 
 def test_models_whose_attention_has_further_terms(tmp_path: Path) -> None:
     """Only the trial forward sees these."""
-    gemma = Gemma2Config(**TINY | {"sliding_window": 128, "query_pre_attn_scalar": 16})
+    gemma = Gemma2Config(**tiny(sliding_window=128, query_pre_attn_scalar=16))
     assert "softcap" in refusal(write_checkpoint(tmp_path / "gemma", gemma))
 
-    sinks = GptOssConfig(**TINY | {"sliding_window": 128, "num_local_experts": 2, "num_experts_per_tok": 1})
+    sinks = GptOssConfig(**tiny(sliding_window=128, num_local_experts=2, num_experts_per_tok=1))
     assert "s_aux" in refusal(write_checkpoint(tmp_path / "sinks", sinks))
 
 
