@@ -44,6 +44,13 @@ class RankRecord:
     max_running: int
     max_len: int
     message_version: int = MESSAGE_VERSION
+    #: CURVE public key of the tcp endpoint (Z85): who holds it may connect, so it is shown nowhere. "" with no tcp
+    tcp_key: str = ""
+
+    @property
+    def is_empty(self) -> bool:
+        """It held no KV when it registered, so it can have none from before."""
+        return self.lineage == "" and self.epoch == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,7 @@ class Member:
     tcp_endpoint: str
     max_len: int
     page_size: int
+    tcp_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)

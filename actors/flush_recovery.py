@@ -1,0 +1,59 @@
+"""Ending a flush that an earlier controller began: every rank says what it did, and promises not to do it any more.
+
+Closing is a command with the new term: a rank that still waits for its idle instant gives the flush up, one that never
+heard of it will not take it from a message that was under way (protocol.md section 6, hole H28).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from actors.flush_run import FlushRun
+from actors.log_records import FlushIntent
+from actors.messages import RankRecord
+from actors.ray_errors import Answered, CallFailed, outcome_within
+from actors.roster import Roster
+
+# A rank that lives closes a flush in one call; nothing in it waits.
+_ASK_TIMEOUT_S = 2.0
+
+
+def interrupted_run(
+    index: int, intent: FlushIntent, past: Mapping[str, RankRecord], roster: Roster, now_s: float
+) -> FlushRun:
+    """The run of an intent found in the log, with a row for each incarnation it names."""
+    run = FlushRun(intent.request, intent.started_at, now_s)
+    run.takes_epoch = intent.takes_epoch
+    run.epoch = index if intent.takes_epoch else 0
+    run.is_begun = True
+    for incarnation in intent.members:
+        present = roster.book.record(incarnation)
+        if present is not None:
+            run.expect(present)
+        elif incarnation in past:
+            run.expect(past[incarnation])
+            run.gone(incarnation)
+    for record in roster.records():
+        if not run.has(record.incarnation):
+            # it registered after the intent was stored, and was told its epoch
+            (run.joined if record.is_empty else run.expect)(record)
+    return run
+
+
+async def ask_what_became(run: FlushRun, roster: Roster, term: int) -> None:
+    """Collect the verdicts of all that owe one; returns within two seconds."""
+    asking = [asyncio.create_task(_close(run, incarnation, roster, term)) for incarnation in run.waiting_for]
+    if asking:
+        await asyncio.wait(asking)
+
+
+async def _close(run: FlushRun, incarnation: str, roster: Roster, term: int) -> None:
+    handle = roster.handle(incarnation)
+    if handle is None:
+        return run.failed(incarnation, "Ray knows no actor of this incarnation", is_final=True)
+    match await outcome_within(handle.close_flush.remote(run.request.flush_id, term), _ASK_TIMEOUT_S):
+        case Answered(verdict):
+            run.answered(incarnation, verdict)
+        case CallFailed(_, message):
+            run.failed(incarnation, message, is_final=True)

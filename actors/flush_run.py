@@ -1,0 +1,214 @@
+"""One flush over all ranks, from the controller's record to the answer: who owes a verdict, what they add up to. Pure.
+
+Success is a statement about every incarnation that was registered at the start or before the return; no partial
+success is one, and neither is a flush of no rank (protocol.md section 6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from actors.flush_request import FlushRequest
+from actors.messages import RankRecord
+from engine.flush import GOOD_VERDICTS, FlushVerdict
+
+Answer = dict[str, Any]
+
+#: status of a flush that did not succeed -> its HTTP code; the first that some rank has names the whole
+_FAILURES = {
+    "unreachable": 503,
+    "timed_out": 504,
+    "expired_command": 504,
+    "superseded": 409,
+    "busy": 409,
+    "refused": 409,
+    # only possible beside a mode they do not suffice for
+    "fenced": 503,
+    "expired": 503,
+}
+_LIVING = frozenset({"flushed", "fenced", "joined"})
+
+
+@dataclass(slots=True)
+class _Row:
+    """What is known of one incarnation."""
+
+    record: RankRecord
+    verdict: FlushVerdict | None = None
+    #: its process ended, before or after its verdict
+    is_gone: bool = False
+    #: why its call failed; final only if nothing better can follow
+    failure: str = ""
+
+
+class FlushRun:
+    """The verdicts of one flush. `close` fixes the answer; what comes later is kept apart as late."""
+
+    def __init__(self, request: FlushRequest, started_at: str, started_s: float) -> None:
+        self.request = request
+        self.started_at = started_at
+        #: by the controller's clock
+        self.started_s = started_s
+        #: epoch the ranks swap to; 0 until it is stored
+        self.epoch = 0
+        #: the flush allotted an epoch of its own
+        self.takes_epoch = False
+        #: the intent is stored and ranks are told
+        self.is_begun = False
+        self._rows: dict[str, _Row] = {}
+        self._is_closed = False
+        #: rows of verdicts that came after the answer
+        self.late: list[dict[str, Any]] = []
+
+    @property
+    def waiting_for(self) -> list[str]:
+        """Incarnations that still owe a verdict."""
+        return [name for name, row in self._rows.items() if row.verdict is None]
+
+    @property
+    def is_settled(self) -> bool:
+        """Nobody owes a verdict any more."""
+        return not self.waiting_for
+
+    def has(self, incarnation: str) -> bool:
+        return incarnation in self._rows
+
+    def expect(self, record: RankRecord) -> None:
+        """This incarnation owes a verdict; no effect if it has its row already."""
+        if not self._is_closed:
+            self._rows.setdefault(record.incarnation, _Row(record))
+
+    def joined(self, record: RankRecord) -> None:
+        """It registered while the flush ran, empty, and was told the flush's epoch: it cannot hold older KV."""
+        self.expect(record)
+        self.answered(record.incarnation, self._verdict("joined", "registered during the flush, empty"))
+
+    def answered(self, incarnation: str, verdict: FlushVerdict) -> None:
+        """The rank's own verdict; after `close` it is kept as late."""
+        row = self._rows.get(incarnation)
+        if row is None:
+            return
+        if self._is_closed:
+            self.late.append(_plain_row(row.record, verdict))
+        elif row.verdict is None:
+            row.verdict = verdict
+
+    def failed(self, incarnation: str, message: str, is_final: bool) -> None:
+        """The call brought no verdict. Unless final the row stays open: the proof that the process is gone, or a
+        newer answer, may still come before the deadline."""
+        row = self._rows.get(incarnation)
+        if row is None or self._is_closed or row.verdict is not None:
+            return
+        row.failure = message
+        if is_final:
+            row.verdict = self._verdict("unreachable", message)
+
+    def gone(self, incarnation: str) -> None:
+        """Its process is proven gone, and with it all KV it held."""
+        row = self._rows.get(incarnation)
+        if row is None or self._is_closed:
+            return
+        row.is_gone = True
+        if row.verdict is None or row.verdict.status == "unreachable":
+            row.verdict = self._verdict("gone", "its process has ended")
+
+    def close(self, now_s: float, untouched_tiers: Iterable[str], note: str = "") -> Answer:
+        """Fix the answer: who still owes a verdict is unreachable.
+
+        note: put before the message of an answer that is no success.
+        """
+        for row in self._rows.values():
+            if row.verdict is None:
+                row.verdict = self._verdict("unreachable", row.failure or "no answer by the deadline")
+        self._is_closed = True
+        status, message, http_status = self._summary()
+        success = status == "flushed"
+        return flush_answer(
+            self.request,
+            success=success,
+            status=status,
+            message=message if success else note + message,
+            http_status=http_status,
+            epoch=self.epoch,
+            floor_raised=success and self.takes_epoch,
+            started_at=self.started_at,
+            took_ms=(now_s - self.started_s) * 1000,
+            ranks=[_plain_row(row.record, row.verdict) for row in self._in_order() if row.verdict is not None],
+            untouched_tiers=list(untouched_tiers),
+        )
+
+    def _summary(self) -> tuple[str, str, int]:
+        """Status, message and HTTP code of the whole."""
+        bad = [row for row in self._in_order() if not self._is_good(row)]
+        if bad:
+            statuses = {row.verdict.status for row in bad if row.verdict is not None}
+            worst = next(status for status in _FAILURES if status in statuses)
+            return worst, self._complaint(bad), _FAILURES[worst]
+        if not any(self._lives(row) for row in self._rows.values()):
+            return "no_ranks", "no rank is left: nothing was flushed because nothing serves", 503
+        return "flushed", "Cache flushed.", 200
+
+    def _is_good(self, row: _Row) -> bool:
+        status = row.verdict.status if row.verdict is not None else "unreachable"
+        return status in GOOD_VERDICTS and (status != "fenced" or self.request.mode == "fence")
+
+    def _lives(self, row: _Row) -> bool:
+        return row.verdict is not None and row.verdict.status in _LIVING and not row.is_gone
+
+    def _complaint(self, bad: list[_Row]) -> str:
+        """The ranks' own words; exactly theirs if they all say the same."""
+        messages = {row.verdict.message for row in bad if row.verdict is not None}
+        if len(messages) == 1 and len(bad) == len(self._rows):
+            return messages.pop()
+        parts = [f"rank {row.record.rank}: {row.verdict.message}" for row in bad if row.verdict is not None]
+        return f"{len(bad)} of {len(self._rows)} ranks not flushed: " + "; ".join(parts)
+
+    def _in_order(self) -> list[_Row]:
+        return sorted(self._rows.values(), key=lambda row: row.record.rank)
+
+    def _verdict(self, status: Any, message: str) -> FlushVerdict:
+        return FlushVerdict(self.request.flush_id, status, message, epoch=self.epoch if status == "joined" else 0)
+
+
+def flush_answer(
+    request: FlushRequest,
+    *,
+    success: bool,
+    status: str,
+    message: str,
+    http_status: int,
+    epoch: int = 0,
+    floor_raised: bool = False,
+    started_at: str = "",
+    took_ms: float = 0.0,
+    ranks: list[dict[str, Any]] | None = None,
+    untouched_tiers: list[str] | None = None,
+) -> Answer:
+    """The plain answer of one flush: always the same keys, whatever became of it."""
+    return {
+        "flush_id": request.flush_id,
+        "success": success,
+        "status": status,
+        "message": message,
+        "http_status": http_status,
+        "epoch": epoch,
+        "mode": request.mode,
+        "tiers": list(request.tiers),
+        "dry_run": request.dry_run,
+        "floor_raised": floor_raised,
+        "replayed": False,
+        "started_at": started_at,
+        "took_ms": round(took_ms, 3),
+        "ranks": ranks or [],
+        "host_tiers": [],
+        "untouched_tiers": untouched_tiers or [],
+    }
+
+
+def _plain_row(record: RankRecord, verdict: FlushVerdict) -> dict[str, Any]:
+    """One rank's verdict as plain data."""
+    plain = asdict(verdict)
+    del plain["flush_id"]
+    return {"rank": record.rank, "incarnation": record.incarnation, "node": record.node_id} | plain

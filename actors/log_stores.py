@@ -1,0 +1,127 @@
+"""Where the control log keeps its records: numbered blobs, each created once and never changed.
+
+A store knows nothing of what a record says. Its one promise: of several that create the same index exactly one is
+told True, and what it wrote is there after a crash. All calls block; the controller makes them in a thread.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Protocol
+
+from ray.experimental import internal_kv
+
+from actors.ray_errors import gcs_failures_as_os_errors
+
+
+class LogStore(Protocol):
+    """A blob per index. Failures of the store are OSError; after one, the record may or may not be there."""
+
+    def create(self, index: int, data: bytes) -> bool:
+        """Create record `index` durably. False, and nothing changed, if it is there already."""
+        ...
+
+    def read(self, index: int) -> bytes | None:
+        """The record's bytes; None if there is none."""
+        ...
+
+    def indices(self) -> list[int]:
+        """All indices present, rising."""
+        ...
+
+
+class MemoryStore:
+    """Records in a dict: for tests, and to play a store that several controllers share."""
+
+    def __init__(self) -> None:
+        self._records: dict[int, bytes] = {}
+
+    def create(self, index: int, data: bytes) -> bool:
+        return self._records.setdefault(index, data) is data
+
+    def read(self, index: int) -> bytes | None:
+        return self._records.get(index)
+
+    def indices(self) -> list[int]:
+        return sorted(self._records)
+
+
+class DirectoryStore:
+    """One file per record. The content is written and synced under a name of its own and then linked to the record's
+    name: the link fails if the name is taken, and no crash leaves half a record under it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        for leftover in directory.glob("*.new"):  # of a writer that was killed before its link
+            leftover.unlink(missing_ok=True)
+
+    def create(self, index: int, data: bytes) -> bool:
+        draft = self._directory / f"{secrets.token_hex(8)}.new"
+        try:
+            _write_synced(draft, data)
+            os.link(draft, self._path(index))
+        except FileExistsError:
+            return False
+        finally:
+            draft.unlink(missing_ok=True)
+        _sync_directory(self._directory)
+        return True
+
+    def read(self, index: int) -> bytes | None:
+        try:
+            return self._path(index).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def indices(self) -> list[int]:
+        return sorted(int(path.stem) for path in self._directory.glob("*.json") if path.stem.isdigit())
+
+    def _path(self, index: int) -> Path:
+        return self._directory / f"{index:012d}.json"
+
+
+class GcsStore:
+    """Records in the key-value store of Ray's GCS: shared by the whole cluster, as durable as the GCS is."""
+
+    _NAMESPACE = b"tidegate"
+
+    def __init__(self, deployment: str) -> None:
+        self._prefix = f"{deployment}/log/"
+
+    def create(self, index: int, data: bytes) -> bool:
+        with gcs_failures_as_os_errors():
+            existed = internal_kv._internal_kv_put(self._key(index), data, False, namespace=self._NAMESPACE)
+        # Ray repeats a put whose answer was lost; the second one then finds our own record
+        return not existed or self.read(index) == data
+
+    def read(self, index: int) -> bytes | None:
+        with gcs_failures_as_os_errors():
+            return internal_kv._internal_kv_get(self._key(index), namespace=self._NAMESPACE)
+
+    def indices(self) -> list[int]:
+        with gcs_failures_as_os_errors():
+            keys = internal_kv._internal_kv_list(self._prefix, namespace=self._NAMESPACE)
+        return sorted(int(key.decode().removeprefix(self._prefix)) for key in keys)
+
+    def _key(self, index: int) -> bytes:
+        return f"{self._prefix}{index:012d}".encode()
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,157 @@
+"""Every metric of Tidegate: name, unit, labels, in one file. They appear in Ray's dashboard and Prometheus exporter.
+
+Ray puts `ray_` before a name and `_total` behind a counter's. A restarted process begins new series: queries sum over
+`WorkerId`. Labels never carry ids of requests, flushes or incarnations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from engine.request import Output
+from engine.snapshot import Counters, EngineSnapshot
+
+_WAIT_BOUNDARIES_S = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0]
+
+_PAGE_STATES = ("free", "cached", "pinned", "private", "fenced")
+
+
+class ControlMetrics:
+    """What the controller reports."""
+
+    def __init__(self) -> None:
+        self._flushes = Counter(
+            "tidegate_flushes", "Flushes answered by the controller, refused ones too.", tag_keys=("mode", "outcome")
+        )
+        self._wait = Histogram(
+            "tidegate_flush_wait_seconds",
+            "From the receipt of a flush to its answer.",
+            boundaries=_WAIT_BOUNDARIES_S,
+            tag_keys=("mode", "outcome"),
+        )
+        self._verdicts = Counter(
+            "tidegate_flush_rank_verdicts", "Verdicts of single ranks about flushes.", tag_keys=("mode", "verdict")
+        )
+        self._epoch = Gauge("tidegate_epoch", "Newest epoch allotted by the controller.")
+        self._since_flush = Gauge("tidegate_seconds_since_flush", "Since the last flush that succeeded.")
+        self._ranks = Gauge("tidegate_ranks", "Registered ranks by state.", tag_keys=("state",))
+
+    def flush_ended(self, answer: Mapping[str, Any]) -> None:
+        """One flush was answered; `answer` is what the caller got."""
+        tags = {"mode": answer["mode"], "outcome": answer["status"]}
+        self._flushes.inc(1, tags)
+        self._wait.observe(answer["took_ms"] / 1000, tags)
+        for row in answer["ranks"]:
+            self._verdicts.inc(1, {"mode": answer["mode"], "verdict": row["status"]})
+
+    def epoch(self, epoch: int) -> None:
+        self._epoch.set(epoch)
+
+    def seconds_since_flush(self, seconds: float) -> None:
+        self._since_flush.set(seconds)
+
+    def ranks(self, num_serving: int, num_lost: int) -> None:
+        self._ranks.set(num_serving, {"state": "serving"})
+        self._ranks.set(num_lost, {"state": "lost"})
+
+
+class RankMetrics:
+    """What one rank reports. Counters come from the engine's snapshots, so no step pays for them."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = {"rank": str(rank)}
+        self._seen = Counters()
+        self._num_evicted = 0
+        #: requests whose first token was observed and which have not ended
+        self._begun: set[str] = set()
+        self._requests = _counter("tidegate_requests", "Requests that have ended.", "outcome")
+        self._steps = _counter("tidegate_steps", "Engine steps.", "outcome")
+        self._prompt_tokens = _counter("tidegate_prompt_tokens", "Tokens of requests at their admissions.")
+        self._cached_tokens = _counter("tidegate_cached_tokens", "Those of them whose KV was in the cache.")
+        self._prefill_tokens = _counter("tidegate_prefill_tokens", "Tokens computed in prefill rows.")
+        self._generated_tokens = _counter("tidegate_generated_tokens", "Tokens sampled.")
+        self._retractions = _counter("tidegate_retractions", "Running requests that gave way to others.")
+        self._evicted_pages = _counter("tidegate_evicted_pages", "KV pages evicted from the device cache.")
+        self._violations = _counter("tidegate_cache_violations", "Violations found by the cache's own check.")
+        self._first_token = _histogram("tidegate_time_to_first_token_seconds", "Arrival at the rank to first token.")
+        self._queue_wait = _histogram("tidegate_queue_wait_seconds", "Arrival at the rank to first admission.")
+        self._flushes = _counter("tidegate_rank_flushes", "Flushes that ended on this rank.", "mode", "verdict")
+        self._flush_wait = _histogram("tidegate_rank_flush_wait_seconds", "Arrival of a flush to its verdict.", "mode")
+        self._running = _gauge("tidegate_running_requests", "Admitted requests, half-prefilled ones included.")
+        self._queued = _gauge("tidegate_queued_requests", "Requests that wait for admission.")
+        self._pages = _gauge("tidegate_kv_pages", "KV pages of the device pool by state.", "state")
+        self._epoch = _gauge("tidegate_rank_epoch", "Epoch of the KV that this rank matches.")
+        self._dropped = _gauge("tidegate_rank_dropped_frames", "Frames refused since the rank's start.")
+
+    def renumber(self, rank: int) -> None:
+        """Serve has given the rank another number. Ray goes on showing what was last set under the old one: nothing."""
+        for gauge in (self._running, self._queued):
+            gauge.set(0, self._rank)
+        for state in _PAGE_STATES:
+            self._pages.set(0, self._rank | {"state": state})
+        self._rank = {"rank": str(rank)}
+
+    def outputs(self, outputs: Iterable[Output]) -> None:
+        """Look at one step's outputs for first tokens; O(outputs), and no call into Ray for all but first ones."""
+        for output in outputs:
+            if output.stats is None:
+                continue
+            if output.token_ids and output.request_id not in self._begun:
+                self._begun.add(output.request_id)
+                self._first_token.observe(output.stats.first_token_s, self._rank)
+                self._queue_wait.observe(output.stats.queue_s, self._rank)
+            if output.finish is not None:
+                self._begun.discard(output.request_id)
+
+    def flush_ended(self, mode: str, verdict: str, waited_s: float) -> None:
+        """One flush has its verdict on this rank."""
+        self._flushes.inc(1, self._rank | {"mode": mode, "verdict": verdict})
+        self._flush_wait.observe(waited_s, self._rank | {"mode": mode})
+
+    def report(self, snapshot: EngineSnapshot, num_dropped_frames: int) -> None:
+        """Bring everything up to `snapshot`; called on a timer."""
+        new = self._growth(snapshot.counters)
+        for reason in ("stop", "length", "abort", "error"):
+            self._add(self._requests, new[f"num_finished_{reason}"], outcome=reason)
+        self._add(self._steps, new["num_steps"], outcome="ok")
+        self._add(self._steps, new["num_failed_steps"], outcome="failed")
+        self._add(self._prompt_tokens, new["num_admitted_tokens"])
+        self._add(self._cached_tokens, new["num_cached_tokens"])
+        self._add(self._prefill_tokens, new["num_prefill_tokens"])
+        self._add(self._generated_tokens, new["num_generated_tokens"])
+        self._add(self._retractions, new["num_retractions"])
+        self._add(self._violations, new["num_violations"])
+        self._add(self._evicted_pages, snapshot.num_evicted_pages - self._num_evicted)
+        self._num_evicted = snapshot.num_evicted_pages
+        self._running.set(snapshot.num_running, self._rank)
+        self._queued.set(snapshot.num_waiting, self._rank)
+        self._epoch.set(snapshot.epoch, self._rank)
+        self._dropped.set(num_dropped_frames, self._rank)
+        for state in _PAGE_STATES:
+            self._pages.set(getattr(snapshot, f"num_{state}_pages"), self._rank | {"state": state})
+
+    def _growth(self, now: Counters) -> dict[str, int]:
+        names = [field.name for field in fields(Counters)]
+        grown = {name: getattr(now, name) - getattr(self._seen, name) for name in names}
+        self._seen = now
+        return grown
+
+    def _add(self, counter: Counter, amount: int, **labels: str) -> None:
+        # `inc` refuses 0, but a series that begins with its first event hides that event from rate() and increase().
+        counter._record(amount, tags=self._rank | labels)
+
+
+def _counter(name: str, description: str, *labels: str) -> Counter:
+    return Counter(name, description, tag_keys=("rank", *labels))
+
+
+def _gauge(name: str, description: str, *labels: str) -> Gauge:
+    return Gauge(name, description, tag_keys=("rank", *labels))
+
+
+def _histogram(name: str, description: str, *labels: str) -> Histogram:
+    return Histogram(name, description, boundaries=_WAIT_BOUNDARIES_S, tag_keys=("rank", *labels))

@@ -1,0 +1,169 @@
+"""The dense log: nothing is allotted twice, and who is late learns it."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from actors.control_log import ControlLog, Superseded
+from actors.flush_run import flush_answer
+from actors.log_records import FlushIntent, FlushOutcome, RankJoined, RankLeft
+from actors.log_stores import DirectoryStore, LogStore, MemoryStore
+from configs.errors import ConfigError
+from engine.flush import FlushScope
+from tests.unit.actors.fakes import SetClock, make_request, rank_record
+
+
+def make_intent(flush_id: str = "f", *, takes_epoch: bool = True, **arguments: object) -> FlushIntent:
+    return FlushIntent(make_request(flush_id, **arguments), takes_epoch, ("incarnation-0",), "now")
+
+
+@pytest.fixture(params=["memory", "directory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> LogStore:
+    return MemoryStore() if request.param == "memory" else DirectoryStore(tmp_path / "log")
+
+
+def take_over(store: LogStore, actor_id: str = "actor", cluster: str = "cluster"):
+    log = ControlLog(store, SetClock())
+    return log, log.take_over(actor_id, cluster)
+
+
+def test_of_many_that_create_one_index_exactly_one_is_told_yes(store: LogStore) -> None:
+    barrier = threading.Barrier(8)
+    told: list[tuple[int, bool]] = []
+
+    def create(number: int) -> None:
+        barrier.wait()
+        told.append((number, store.create(1, b"%d" % number)))
+
+    threads = [threading.Thread(target=create, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    winners = [number for number, is_winner in told if is_winner]
+    assert len(winners) == 1
+    assert store.read(1) == b"%d" % winners[0]
+    assert store.indices() == [1]
+    assert store.read(2) is None
+
+
+def test_the_directory_keeps_nothing_but_records(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path / "log")
+    assert store.create(1, b"a")
+    assert not store.create(1, b"b")
+    assert [path.name for path in (tmp_path / "log").iterdir()] == ["000000000001.json"]
+    assert (tmp_path / "log" / "000000000001.json").stat().st_mode & 0o077 == 0
+
+
+def test_terms_and_epochs_rise_over_restarts(store: LogStore) -> None:
+    first, state = take_over(store)
+    assert (state.term, state.epoch, state.floor) == (1, 0, 0)
+    assert first.append(make_intent()) == 2
+    _, second = take_over(store)
+    assert second.lineage == state.lineage
+    assert second.term == 3
+    assert second.epoch == 2
+    assert second.num_restarts == 1
+
+
+def test_the_loser_is_superseded_for_good(store: LogStore) -> None:
+    old, _ = take_over(store)
+    new, state = take_over(store)
+    with pytest.raises(Superseded) as caught:
+        old.append(make_intent("old"))
+    assert caught.value.index == state.term
+    with pytest.raises(Superseded):
+        old.append(make_intent("old-again"))
+    assert new.append(make_intent("new")) == state.term + 1
+
+
+def test_two_that_take_over_at_once_get_two_terms(store: LogStore) -> None:
+    barrier = threading.Barrier(4)
+    terms: list[int] = []
+
+    def begin() -> None:
+        log = ControlLog(store, SetClock())
+        barrier.wait()
+        terms.append(log.take_over("actor", "cluster").term)
+
+    threads = [threading.Thread(target=begin) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(terms) == [1, 2, 3, 4]
+
+
+def test_everything_stored_is_read_again(store: LogStore) -> None:
+    log, _ = take_over(store)
+    record, other = rank_record(0, tcp_key="key", gpu_ids=("1",)), rank_record(1)
+    log.append(RankJoined(record))
+    log.append(RankJoined(other))
+    log.append(RankLeft(other.incarnation))
+    ended = make_request("ended", timeout_s=2.5)
+    intent = log.append(FlushIntent(ended, True, (record.incarnation,), "then"))
+    answer = flush_answer(ended, success=True, status="flushed", message="Cache flushed.", http_status=200)
+    log.append(FlushOutcome(intent, intent, answer))
+    scoped = make_intent("open", takes_epoch=False, scope={"prefix_tokens": [1, 2]})
+    open_index = log.append(scoped)
+    _, state = take_over(store)
+    assert state.members == {record.incarnation: record}
+    assert state.past == {other.incarnation: other}
+    assert (state.epoch, state.floor) == (intent, intent)
+    assert state.ended["ended"].answer == answer
+    assert state.ended["ended"].request == ended
+    assert (state.ended["ended"].boot_id, state.ended["ended"].boot_s) == ("boot", 100.0)
+    assert state.open_flushes == {open_index: scoped}
+    assert state.open_flushes[open_index].request.scope == FlushScope(prefix_tokens=b"\1\0\0\0\2\0\0\0")
+
+
+def test_ranks_of_an_earlier_cluster_are_past(store: LogStore) -> None:
+    log, _ = take_over(store, cluster="monday")
+    log.append(RankJoined(rank_record(0)))
+    _, state = take_over(store, actor_id="other", cluster="tuesday")
+    assert state.members == {}
+    assert list(state.past) == ["incarnation-0"]
+    assert state.num_restarts == 0
+
+
+class Uncertain(MemoryStore):
+    """Stores the record and then fails, once."""
+
+    fails = False
+
+    def create(self, index: int, data: bytes) -> bool:
+        created = super().create(index, data)
+        if self.fails:
+            self.fails = False
+            raise OSError("no answer")
+        return created
+
+
+def test_after_an_uncertain_write_the_next_one_goes_behind_it() -> None:
+    store = Uncertain()
+    log, _ = take_over(store)
+    store.fails = True
+    with pytest.raises(OSError, match="no answer"):
+        log.append(make_intent("uncertain"))
+    assert log.append(make_intent("next")) == 3
+    _, state = take_over(store)
+    assert [intent.request.flush_id for intent in state.open_flushes.values()] == ["uncertain", "next"]
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path)
+    take_over(store)
+    store.create(2, b"{}")
+    with pytest.raises(ConfigError, match="record 2"):
+        take_over(store)
+
+
+def test_a_missing_record_is_named() -> None:
+    store = MemoryStore()
+    take_over(store)
+    store.create(3, b"{}")
+    with pytest.raises(ConfigError, match="gaps"):
+        take_over(store)
