@@ -96,10 +96,11 @@ class ControlPlane:
         if record.message_version != MESSAGE_VERSION:
             message = f"rank speaks message version {record.message_version}, the controller {MESSAGE_VERSION}"
             raise InvalidField(message, "message_version")
-        is_new = self._roster.admit(record, handle)
+        was_known = self._roster.book.record(record.incarnation) is not None
+        is_news = self._roster.admit(record, handle)
         self._desk.registered(record)
-        if is_new:
-            await self._store_member(record)
+        if is_news:
+            await self._store_member(record, was_known)
         state = self._state
         return Registered(term=state.term, lineage=state.lineage, epoch=state.epoch, floor=state.floor)
 
@@ -170,8 +171,8 @@ class ControlPlane:
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    async def _store_member(self, record: RankRecord) -> None:
-        """Store that an incarnation exists; take it back if that fails, and let it register anew."""
+    async def _store_member(self, record: RankRecord, was_known: bool) -> None:
+        """Store what an incarnation says of itself. If that fails a new one is taken back and registers anew."""
         appending = self._log.append(RankJoined(record))
         await asyncio.wait({appending}, timeout=_STORE_TIMEOUT_S)
         try:
@@ -181,7 +182,8 @@ class ControlPlane:
             reason = "the control log did not answer in time"
         except (Superseded, OSError) as error:
             reason = str(error)
-        self._roster.forget(record.incarnation)
+        if not was_known:
+            self._roster.forget(record.incarnation)
         raise ControlUnavailable(f"the registration of rank {record.rank} could not be stored: {reason}")
 
     def _on_gone(self, record: RankRecord) -> None:

@@ -29,13 +29,16 @@ class MembershipBook:
         self._states: dict[str, MemberState] = {}
 
     def register(self, record: RankRecord) -> bool:
-        """Add an incarnation, or take a repeated registration as proof that it answers again. True if it is new."""
-        is_new = record.incarnation not in self._records
-        if is_new or self._states[record.incarnation] == "lost":
-            self._states[record.incarnation] = "serving"
+        """Add an incarnation, take what it says anew (another rank number), and that it answers.
+
+        True if the record is news, to be stored.
+        """
+        is_news = self._records.get(record.incarnation) != record
+        if is_news or self._states[record.incarnation] == "lost":
             self.version += 1
         self._records[record.incarnation] = record
-        return is_new
+        self._states[record.incarnation] = "serving"
+        return is_news
 
     def restore(self, record: RankRecord) -> None:
         """Add an incarnation that the log names; lost until it has answered this controller."""

@@ -41,13 +41,13 @@ class Roster:
     def admit(self, record: RankRecord, handle: Any) -> bool:
         """Add an incarnation that has just registered and begin to watch it; again with a newer handle, if repeated.
 
-        True if it is new. Raises RankLost if it says to run on this node and no such process runs here.
+        True if its record is news. Raises RankLost if it says to run on this node and no such process runs here.
         """
         proof = self._proof(record)
-        is_new = self.book.register(record)
+        is_news = self.book.register(record)
         self._watch(record, handle, proof, is_answering=True)
         self._wake()
-        return is_new
+        return is_news
 
     def restore(self, record: RankRecord, handle: Any) -> bool:
         """Add an incarnation that the log names. False if its process has ended meanwhile."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import ActorUnavailableError
 
 from actors.clock import BootClock
 from actors.control_log import ControlLog, Superseded
@@ -37,7 +38,6 @@ LATEST_S = 0.05
 def ray_cluster() -> Iterator[None]:
     """Ray of our own, away from every other cluster of the machine."""
     folder = tempfile.mkdtemp(prefix="tgc-")
-    os.environ["RAY_worker_niceness"] = "0"
     ray.init(
         address="local", num_cpus=16, include_dashboard=False, object_store_memory=100 * 2**20, namespace=NAMESPACE,
         log_to_driver=False, configure_logging=False, _temp_dir=folder,
@@ -55,19 +55,24 @@ class Deployment:
     ranks: list[Any]
 
     def flush(self, **arguments: Any) -> dict[str, Any]:
-        return ray.get(self.controller.flush.remote(**arguments), timeout=60)
+        return fetch(self.controller.flush.remote(**arguments), 60)
 
     def pid(self, actor: Any) -> int:
-        return ray.get(actor.hello.remote(), timeout=30)["pid"]
+        return fetch(actor.hello.remote(), 30)["pid"]
 
     def members(self, number: int) -> Membership:
         """The membership as soon as it has `number` ranks."""
-        membership: Membership = ray.get(self.controller.membership.remote(-1, 0), timeout=30)
+        membership: Membership = fetch(self.controller.membership.remote(-1, 0), 30)
         for _ in range(100):
             if len(membership.members) == number:
                 return membership
-            membership = ray.get(self.controller.membership.remote(membership.version, 5), timeout=30)
+            membership = fetch(self.controller.membership.remote(membership.version, 5), 30)
         raise AssertionError(f"never {number} members: {membership}")
+
+
+def fetch(call: Any, timeout_s: float = 60) -> Any:
+    """The answer of a remote call, whatever its type."""
+    return ray.get(call, timeout=timeout_s)
 
 
 def start_rank(rank: int, controller: Any) -> Any:
@@ -76,7 +81,7 @@ def start_rank(rank: int, controller: Any) -> Any:
     actor = remote.options(name=f"scheduler-{rank}-{incarnation}", namespace=NAMESPACE, num_cpus=0).remote(
         rank, incarnation
     )
-    ray.get(actor.join.remote(controller), timeout=60)
+    fetch(actor.join.remote(controller), 60)
     return actor
 
 
@@ -115,9 +120,9 @@ def test_flushes_rise_over_a_killed_controller(deployment: Deployment) -> None:
     begin = time.monotonic()
     while True:
         try:
-            hello = ray.get(controller.hello.remote(), timeout=30)
+            hello = fetch(controller.hello.remote(), 30)
             break
-        except ray.exceptions.ActorUnavailableError:
+        except ActorUnavailableError:
             assert time.monotonic() - begin < 30
     assert hello["controller_restarts"] == 1
     assert len(deployment.members(2).members) == 2
@@ -140,7 +145,7 @@ def test_bad_arguments_are_plain_answers(deployment: Deployment) -> None:
         assert is_plain(answer)
     controller = deployment.controller
     for call in (controller.status.remote(), controller.info.remote(), controller.abort.remote(all=True)):
-        answer = ray.get(call, timeout=30)
+        answer = fetch(call, 30)
         assert answer["success"]
         assert len(answer["ranks"]) == 2
         assert is_plain(answer)
@@ -148,7 +153,7 @@ def test_bad_arguments_are_plain_answers(deployment: Deployment) -> None:
 
 def test_a_rank_that_kills_itself_in_the_flush_is_gone(deployment: Deployment) -> None:
     doomed = deployment.ranks[1]
-    ray.get(doomed.prepare.remote(dies=True))
+    fetch(doomed.prepare.remote(dies=True))
     begin = time.monotonic()
     answer = deployment.flush(timeout_s=20)
     assert time.monotonic() - begin < 5
@@ -165,7 +170,7 @@ def test_a_killed_rank_leaves_the_membership_at_once(deployment: Deployment) -> 
     pid = deployment.pid(deployment.ranks[0])
     begin = time.monotonic()
     os.kill(pid, signal.SIGKILL)
-    membership = ray.get(poll, timeout=30)
+    membership = fetch(poll, 30)
     took_s = time.monotonic() - begin
     assert [member.rank for member in membership.members] == [1]
     print(f"SIGKILL seen by a router after {took_s * 1000:.1f} ms")
@@ -190,47 +195,47 @@ def test_a_frozen_rank_is_unreachable_on_time_and_its_late_verdict_is_readable(d
     print(f"answers later than the deadline by {late_ms[10]:.1f} ms (p50), {late_ms[-1]:.1f} ms (max)")
     assert late_ms[-2] <= LATEST_S * 1000
     # the rank's own answer to a later call shows that it has worked through what was sent before
-    assert "frozen-0" in ray.get(frozen.status.remote(), timeout=30)["flush_ids"]
+    assert "frozen-0" in fetch(frozen.status.remote(), 30)["flush_ids"]
     after = deployment.flush(timeout_s=5)
     assert statuses(after) == ["flushed", "flushed"]
-    known = ray.get(deployment.controller.flush_status.remote("frozen-0"), timeout=30)
+    known = fetch(deployment.controller.flush_status.remote("frozen-0"), 30)
     assert [(row["rank"], row["status"]) for row in known["late"]] == [(1, "flushed")]
 
 
 def test_one_at_a_time_over_all_callers(deployment: Deployment) -> None:
-    ray.get(deployment.ranks[0].prepare.remote(stalls=True))
+    fetch(deployment.ranks[0].prepare.remote(stalls=True))
     calls = [deployment.controller.flush.remote(timeout_s=20) for _ in range(10)]
     done, waiting = ray.wait(calls, num_returns=9, timeout=20)
-    refused = ray.get(done)
+    refused = fetch(done)
     assert [answer["message"] for answer in refused] == [ALREADY_IN_PROGRESS] * 9
-    ray.get(deployment.ranks[0].release.remote())
-    (answer,) = ray.get(waiting, timeout=20)
+    fetch(deployment.ranks[0].release.remote())
+    (answer,) = fetch(waiting, 20)
     assert answer["success"], answer
 
 
 def test_a_flush_cut_by_the_controllers_death_is_reported_as_what_it_was(deployment: Deployment) -> None:
     controller = deployment.controller
-    ray.get(deployment.ranks[1].prepare.remote(stalls=True))
+    fetch(deployment.ranks[1].prepare.remote(stalls=True))
     pid = deployment.pid(controller)
     call = controller.flush.remote(timeout_s=20, flush_id="cut")
     for _ in range(1000):
-        if "cut" in ray.get(deployment.ranks[0].status.remote())["flush_ids"]:
+        if "cut" in fetch(deployment.ranks[0].status.remote())["flush_ids"]:
             break
     os.kill(pid, signal.SIGKILL)
-    with pytest.raises(ray.exceptions.ActorUnavailableError):
-        ray.get(call, timeout=30)
+    with pytest.raises(ActorUnavailableError):
+        fetch(call, 30)
     begin = time.monotonic()
     while True:
         try:
             answer = deployment.flush(timeout_s=20, flush_id="cut")
             break
-        except ray.exceptions.ActorUnavailableError:
+        except ActorUnavailableError:
             assert time.monotonic() - begin < 30
     assert answer["replayed"]
     assert statuses(answer) == ["flushed", "expired_command"]
     assert not answer["success"]
     assert answer["message"].startswith("interrupted by a restart of the controller")
-    ray.get(deployment.ranks[1].release.remote())
+    fetch(deployment.ranks[1].release.remote())
     following = deployment.flush(timeout_s=20)
     assert following["success"]
     assert following["epoch"] > answer["epoch"]

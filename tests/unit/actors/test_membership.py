@@ -52,6 +52,15 @@ def test_only_news_changes_the_version() -> None:
     assert book.view().epoch == 5
 
 
+def test_a_rank_with_another_number_is_news() -> None:
+    book = _book()
+    book.register(rank_record(0, "one"))
+    version = book.version
+    assert book.register(rank_record(3, "one"))
+    assert book.version != version
+    assert [(member.rank, member.incarnation) for member in book.view().members] == [(3, "one")]
+
+
 def test_a_restored_rank_takes_no_request_until_it_answers() -> None:
     book = _book()
     book.restore(rank_record(0))
