@@ -93,6 +93,8 @@ class RaySettings(_Settings):
     deployment: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")] = "tidegate"
     #: logical resource a CPU rank asks for; None: num_cpus=1. Set by the local start.
     cpu_rank_resource: str | None = None
+    #: ranks also listen on tcp for Apis of other nodes, whom a key lets in; a server of one node needs no such port
+    tcp: bool = True
     dashboard_host: str = "127.0.0.1"
     dashboard_port: Annotated[int, Field(ge=0, le=65535)] = 8265
 

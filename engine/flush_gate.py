@@ -154,6 +154,11 @@ class FlushGate:
             known = self._verdicts.get(flush_id)
         return known[1] if known else None
 
+    def open_flush(self, flush_id: str) -> PendingFlush | None:
+        """A flush that was taken in and has no verdict yet: it waits, or its verdict is being written."""
+        with self._lock:
+            return self._live.get(flush_id)
+
     def see_term(self, term: int) -> None:
         """A controller of this term has spoken, in whatever matter."""
         with self._lock:

@@ -132,6 +132,10 @@ class EngineLoop:
         """End a flush that has not begun. None: there is none of this id, or it has begun."""
         return self._gate.cancel(flush_id, self._clock(), self._snapshot)
 
+    def open_flush(self, flush_id: str) -> PendingFlush | None:
+        """A flush that was taken in and has no verdict yet."""
+        return self._gate.open_flush(flush_id)
+
     def flush_verdict(self, flush_id: str) -> FlushVerdict | None:
         """What was answered about one of the last flushes."""
         return self._gate.verdict_of(flush_id)

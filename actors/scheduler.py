@@ -1,0 +1,286 @@
+"""One rank as a Ray actor: an engine thread, and a loop that always answers.
+
+Requests come in over the data plane and go into the engine's inbox; tokens leave once per step. Control calls never
+wait for the engine thread: what they need of it is its last snapshot, and a flush's deadline is a timer of the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from actors.data_plane import DataPlane
+from actors.endpoints import TcpDoor, socket_path, sweep_dead_sockets
+from actors.messages import MESSAGE_VERSION, RankRecord, Registered
+from actors.metrics import RankMetrics
+from actors.pace import Pace
+from actors.place import Place, place_in_ray
+from actors.process_proof import start_time_of
+from actors.rank_engine import BuildEngine, EngineHooks, RankEngine, load_engine
+from configs.schema import Settings
+from engine.control_words import ControlWords
+from engine.events import AbortRequested, RequestArrived
+from engine.flush import FlushCommand, FlushVerdict
+from engine.flush_gate import PendingFlush
+from engine.request import Output, Request
+
+log = logging.getLogger(__name__)
+
+_REPORT_PERIOD_S = 1.0
+#: exit status after the engine thread has died
+EXIT_ENGINE_DIED = 70
+#: for the last words of a dying rank to reach its clients
+_LAST_WORDS_MS = 200
+
+
+class SchedulerActor:
+    """A plain class, wrapped where it is created (deployments/rank.py). All methods belong to the actor's loop.
+
+    `start` loads and listens, `join` lets the engine run; between the two the wrapper registers the rank, so that
+    nothing is matched before the controller's epoch is known.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        rank: int,
+        incarnation: str,
+        *,
+        build_engine: BuildEngine = load_engine,
+        find_place: Callable[[], Place] = place_in_ray,
+        end_process: Callable[[int], Any] = os._exit,
+    ) -> None:
+        """settings: settled for this machine (configs.resolve). rank: Serve's number, which may change later."""
+        self._settings = settings
+        self._rank = rank
+        self._incarnation = incarnation
+        self._build_engine = build_engine
+        self._find_place = find_place
+        self._end_process = end_process
+        self._registered: Registered | None = None
+        #: read by the engine thread in every turn; replaced as a whole
+        self._words = ControlWords()
+        self._socket_path: Path | None = None
+        self._is_stopping = False
+        self._report_timer: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self._engine: RankEngine
+        self._plane: DataPlane
+        self._metrics: RankMetrics
+        self._pace: Pace
+        self._record: RankRecord
+        self._thread: threading.Thread
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> RankRecord:
+        """Load the model and listen; what to register the rank with. Requests wait until `join`.
+
+        Raises ConfigError when the settings cannot work with this model or on this machine.
+        """
+        self._loop = asyncio.get_running_loop()
+        place = self._find_place()
+        hooks = EngineHooks(lambda: self._words, self._hand_over, self._flush_ended)
+        self._engine = await asyncio.to_thread(self._build_engine, self._settings, hooks)
+        self._metrics = RankMetrics(self._rank)
+        self._pace = Pace(self._engine.loop.snapshot(), self._loop.time())
+        self._plane = DataPlane(self._incarnation, self._submit, self._abort)
+        self._record = self._listen(place)
+        return self._record
+
+    async def join(self, registered: Registered) -> None:
+        """Serve from now on, with nothing older than what the controller has answered."""
+        self._registered = registered
+        self._words = ControlWords(floor=registered.floor, epoch=registered.epoch)
+        self._engine.loop.see_term(registered.term)
+        self._thread = threading.Thread(target=self._run_engine, name="engine", daemon=True)
+        self._thread.start()
+        self._report()
+
+    async def stop(self) -> None:
+        """Leave at once: connections close, so the Apis send requests without a token elsewhere. Twice is once."""
+        if self._is_stopping:
+            return
+        self._is_stopping = True
+        if self._registered is not None:
+            self._engine.loop.stop()
+        await self._close()
+
+    # --- control: always answers --------------------------------------------------------------------------------------
+
+    async def hello(self) -> dict[str, Any]:
+        """Sign of life. `stalled_s`: for how long the step under way has not ended."""
+        is_joined = self._registered is not None
+        return {
+            "incarnation": self._incarnation,
+            "rank": self._rank,
+            "pid": os.getpid(),
+            "message_version": MESSAGE_VERSION,
+            "lineage": self._registered.lineage if self._registered is not None else "",
+            "is_serving": is_joined and not self._is_stopping,
+            "stalled_s": self._pace.stalled_s(self._engine.loop.snapshot(), self._loop.time()) if is_joined else 0.0,
+        }
+
+    async def watch(self) -> None:
+        """Never returns: the call's failure tells the caller that this process has ended."""
+        await asyncio.Event().wait()
+
+    async def flush(self, command: FlushCommand) -> FlushVerdict:
+        """Flush at the next instant that the mode allows, or say why not, at the latest when the budget is used up.
+
+        A repeat of a flush joins the first or reads its verdict again; no flush is executed twice.
+        """
+        offered = self._engine.loop.offer_flush(command)
+        if isinstance(offered, FlushVerdict):
+            self._metrics.flush_ended(command.mode, offered.status, 0.0)
+            return offered
+        left_s = offered.deadline_s - time.monotonic()
+        deadline = self._loop.call_later(max(0.0, left_s), self._engine.loop.expire_flush, offered)
+        try:
+            return await asyncio.wrap_future(offered.ended)
+        finally:
+            deadline.cancel()
+
+    async def close_flush(self, flush_id: str, term: int) -> FlushVerdict:
+        """For a controller that took over: what became of a flush of an earlier term. It will not happen later.
+
+        Ends it if it has not begun. One that this rank never heard of stays impossible: its term is over.
+        """
+        engine = self._engine.loop
+        engine.see_term(term)
+        begun = engine.open_flush(flush_id)
+        if begun is not None and engine.cancel_flush(flush_id) is None:
+            return await asyncio.wrap_future(begun.ended)
+        known = engine.flush_verdict(flush_id)
+        epoch = engine.snapshot().epoch
+        return known or FlushVerdict(flush_id, "refused", "This rank never heard of this flush.", epoch=epoch)
+
+    async def abort(self, request_ids: list[str] | None, reason: str) -> dict[str, Any]:
+        """End these requests, or all (None), within one step. Answers {num_aborted}: those that were open here."""
+        num_aborted = self._plane.num_open(request_ids)
+        self._engine.loop.post(AbortRequested(None if request_ids is None else tuple(request_ids), reason))
+        return {"num_aborted": num_aborted}
+
+    async def renumber(self, rank: int) -> RankRecord:
+        """Serve has given this rank another number; the record to register it with again."""
+        self._rank = rank
+        self._metrics.renumber(rank)
+        registered = self._registered
+        self._record = replace(
+            self._record,
+            rank=rank,
+            lineage=registered.lineage if registered is not None else "",
+            epoch=self._engine.loop.snapshot().epoch,
+        )
+        return self._record
+
+    async def status(self) -> dict[str, Any]:
+        """The engine as it last was: load, pages by state, epoch, totals since the start. Plain data."""
+        snapshot = self._engine.loop.snapshot()
+        return asdict(snapshot) | {
+            "is_serving": not self._is_stopping,
+            "num_running": snapshot.num_running,
+            "max_running": self._settings.engine.max_running,
+            "page_size": self._engine.page_size,
+            "bytes_per_page": self._engine.bytes_per_page,
+            "max_len": self._engine.max_len,
+            "generated_tokens_per_s": self._pace.tokens_per_s,
+        }
+
+    # --- requests and tokens ------------------------------------------------------------------------------------------
+
+    def _submit(self, request: Request) -> None:
+        self._engine.loop.post(RequestArrived(request))
+
+    def _abort(self, request_ids: list[str], reason: str) -> None:
+        self._engine.loop.post(AbortRequested(tuple(request_ids), reason))
+
+    def _hand_over(self, outputs: list[Output]) -> None:
+        """Engine thread: one call into the loop per step, whatever the number of tokens."""
+        self._loop.call_soon_threadsafe(self._deliver, outputs)
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        if not self._is_stopping:
+            self._plane.deliver(outputs)
+            self._metrics.outputs(outputs)
+
+    def _flush_ended(self, pending: PendingFlush, verdict: FlushVerdict) -> None:
+        """Whichever thread ended it."""
+        log.info("flush %s (%s): %s %s", verdict.flush_id, pending.command.mode, verdict.status, verdict.message)
+        waited_s = verdict.waited_ms / 1000
+        self._loop.call_soon_threadsafe(self._metrics.flush_ended, pending.command.mode, verdict.status, waited_s)
+
+    def _report(self) -> None:
+        snapshot = self._engine.loop.snapshot()
+        self._pace.note(snapshot, self._loop.time())
+        self._metrics.report(snapshot, self._plane.num_dropped_frames)
+        self._report_timer = self._loop.call_later(_REPORT_PERIOD_S, self._report)
+
+    # --- the engine thread --------------------------------------------------------------------------------------------
+
+    def _run_engine(self) -> None:
+        try:
+            self._engine.loop.run()
+        except BaseException:
+            # The process edge: whatever it was, a rank without its engine must not look alive.
+            log.critical("the engine thread has died", exc_info=True)
+            asyncio.run_coroutine_threadsafe(self._die(), self._loop)
+
+    async def _die(self) -> None:
+        """Tell every client, then end the process: the wrapper sees that and a new incarnation begins empty."""
+        self._is_stopping = True
+        self._plane.fail_all(f"rank {self._rank} has failed while it served this request")
+        await self._close(_LAST_WORDS_MS)
+        logging.shutdown()
+        self._end_process(EXIT_ENGINE_DIED)
+
+    # --- listening ----------------------------------------------------------------------------------------------------
+
+    def _listen(self, place: Place) -> RankRecord:
+        """Open the doors; what the rank says of itself."""
+        state_dir = self._settings.resolved_state_dir
+        sweep_dead_sockets(state_dir)
+        self._socket_path = socket_path(state_dir, self._incarnation)
+        ipc_endpoint = f"ipc://{self._socket_path}"
+        self._plane.bind_ipc(ipc_endpoint)
+        tcp_endpoint = tcp_key = ""
+        if self._settings.ray.tcp:
+            door = TcpDoor.on(place.host)
+            tcp_endpoint, tcp_key = self._plane.bind_tcp(door), door.public_key.decode()
+        engine, pid = self._engine, os.getpid()
+        return RankRecord(
+            incarnation=self._incarnation,
+            rank=self._rank,
+            node_id=place.node_id,
+            pid=pid,
+            start_time=start_time_of(pid) or 0,
+            gpu_ids=place.gpu_ids,
+            ipc_endpoint=ipc_endpoint,
+            tcp_endpoint=tcp_endpoint,
+            tcp_key=tcp_key,
+            actor_name=place.actor_name,
+            lineage="",
+            epoch=0,
+            layout_digest=engine.layout_digest,
+            weights_digest=engine.weights_digest,
+            weight_version="default",
+            page_size=engine.page_size,
+            num_pages=engine.num_pages,
+            bytes_per_page=engine.bytes_per_page,
+            max_running=self._settings.engine.max_running,
+            max_len=engine.max_len,
+        )
+
+    async def _close(self, linger_ms: int = 0) -> None:
+        if self._report_timer is not None:
+            self._report_timer.cancel()
+        await self._plane.close(linger_ms)
+        if self._socket_path is not None:
+            self._socket_path.unlink(missing_ok=True)
