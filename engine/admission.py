@@ -8,6 +8,7 @@ before it has computed anything.
 from __future__ import annotations
 
 from cache.device_cache import DeviceCache, PageCounts
+from cache.page_hold import PageHold
 from engine.sequence import Sequence
 
 
@@ -29,13 +30,22 @@ class Admission:
             return False
         # At least one token is computed, or there would be nothing to sample from.
         max_cached = sequence.num_tokens - 1 if may_match else 0
-        hold = self._cache.open(sequence.namespace, sequence.token_bytes(sequence.num_tokens), max_cached, now_s)
-        wanted = -(-sequence.num_tokens // self._cache.page_size) - hold.num_cached_tokens // self._cache.page_size
-        counts = self._cache.counts()
-        spare = counts.free + counts.cached - wanted
-        if spare < num_running or not self._cache.try_extend(hold, sequence.num_tokens):
-            self._cache.close(hold)
+        hold = self._try_open(sequence, max_cached, num_running, now_s)
+        if hold is None and max_cached and not num_running:
+            # A match in the middle of a long edge pins the whole of it. Alone in the pool, do without the match.
+            hold = self._try_open(sequence, 0, num_running, now_s)
+        if hold is None:
             self._refused = question
             return False
         sequence.admit(hold, now_s)
         return True
+
+    def _try_open(self, sequence: Sequence, max_cached: int, num_running: int, now_s: float) -> PageHold | None:
+        cache, num_tokens = self._cache, sequence.num_tokens
+        hold = cache.open(sequence.namespace, sequence.token_bytes(num_tokens), max_cached, now_s)
+        num_wanted = -(-num_tokens // cache.page_size) - hold.num_cached_tokens // cache.page_size
+        counts = cache.counts()
+        if counts.free + counts.cached - num_wanted >= num_running and cache.try_extend(hold, num_tokens):
+            return hold
+        cache.close(hold)
+        return None

@@ -199,11 +199,12 @@ class Scheduler:
             if budget and sequence.num_remaining > 1:
                 rows.append(Row(sequence, min(sequence.num_remaining, budget)))
                 budget -= rows[-1].num_new
-        is_short_of_pages = self._counters.num_retractions > num_retractions
+        # Who was just retracted would take its pages back from those it made room for, unless nobody is left.
+        is_short_of_pages = self._counters.num_retractions > num_retractions and self._roster.running
         if not is_short_of_pages and not self._desk.holds_admission:
             rows.extend(self._admitted_rows(budget, now_s))
-        if not rows and self._roster.waiting and not self._desk.holds_admission:
-            raise self._broken("nothing runs, and the first of the queue does not get its pages")
+            if not rows and self._roster.waiting:
+                raise self._broken("nothing runs, and the first of the queue does not get its pages")
         return rows
 
     def _decode_rows(self, now_s: float) -> list[Row]:
