@@ -1,0 +1,105 @@
+"""Steady traffic never grants an idle moment: a waiting flush still answers on time, inside steps of seconds."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from tests.cluster.server import Server, serving, until
+
+TRIALS = 100
+TIMEOUT_S = 1.0
+
+
+class Traffic:
+    """Clients that always have a long prompt in flight, so that no rank is idle for one step."""
+
+    def __init__(self, url: str, clients: int, prompt_tokens: int) -> None:
+        self._url = url
+        self._prompt_tokens = prompt_tokens
+        self._stop = threading.Event()
+        self.answered = 0
+        self.failed: list[str] = []
+        self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(clients)]
+
+    def _run(self, number: int) -> None:
+        turn = 0
+        with httpx.Client(base_url=self._url, timeout=300) as client:
+            while not self._stop.is_set():
+                turn += 1
+                # the first page differs for every prompt: nothing is ever cached, every prompt is prefilled whole
+                ids = [(number * 7919 + turn * 104729 + i * i) % 250 + 1 for i in range(self._prompt_tokens)]
+                body = {"input_ids": ids, "sampling_params": {"temperature": 0, "max_new_tokens": 2}}
+                response = client.post("/generate", json=body)
+                if response.status_code == 200:
+                    self.answered += 1
+                else:
+                    self.failed.append(response.text)
+
+    def __enter__(self) -> Traffic:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(timeout=120)
+
+
+@pytest.fixture(scope="module")
+def slow_server(tiny_model: Path, short_home: Path) -> Iterator[Server]:
+    """Two ranks whose steps take longer than the flush's timeout: whole prompts, tens of thousands of tokens a step."""
+    home = short_home / "slow"
+    home.mkdir()
+    config = home / "config.yaml"
+    engine = {"max_step_tokens": 65536, "max_running": 64, "num_pages": 8192}
+    config.write_text(yaml.safe_dump({"engine": engine}))
+    with serving(home, "--model", str(tiny_model), "--dp", "2", "--config", str(config)) as running:
+        yield running
+
+
+def _num_steps(client: httpx.Client) -> list[int]:
+    """Engine steps of each rank so far."""
+    ranks = client.get("/v1/cache").json()["ranks"]
+    return [rank["counters"]["num_steps"] for rank in sorted(ranks, key=lambda rank: rank["rank"])]
+
+
+def test_a_hundred_waits_answer_on_time_inside_long_steps(slow_server: Server) -> None:
+    url = slow_server.url
+    late_ms: list[float] = []
+    with Traffic(url, clients=48, prompt_tokens=1900) as traffic, httpx.Client(base_url=url, timeout=60) as client:
+        until(lambda: traffic.answered > 0, 120, "traffic flows")
+        steps_before, begun = _num_steps(client), time.monotonic()
+        for _ in range(TRIALS):
+            begin = time.monotonic()
+            answer = client.post(f"/flush_cache?timeout={TIMEOUT_S}")
+            took = time.monotonic() - begin
+            late_ms.append((took - TIMEOUT_S) * 1000)
+            assert answer.status_code == 400, answer.text
+            assert "Timed out waiting for idle state." in answer.text
+        elapsed_s = time.monotonic() - begun
+        num_steps = [after - before for before, after in zip(steps_before, _num_steps(client), strict=True)]
+        waiting = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{url}/flush_cache?timeout=120", timeout=150))
+        )
+        answers: list[httpx.Response] = []
+        waiting.start()
+        until(lambda: client.get("/v1/cache").json()["pending_flush"] is not None, 10, "the flush is pending")
+    # traffic has stopped: the flush that waited is granted
+    waiting.join(timeout=120)
+    late_ms.sort()
+    print(json.dumps({"p50_late_ms": late_ms[TRIALS // 2], "p99_late_ms": late_ms[98], "max_late_ms": late_ms[-1]}))
+    assert traffic.failed == []
+    assert [answer.status_code for answer in answers] == [200]
+    # the mean step of every rank was longer than the timeout, so deadlines fell inside steps
+    assert all(elapsed_s / steps > TIMEOUT_S for steps in num_steps)
+    assert late_ms[98] <= 50
+    assert late_ms[-1] <= 300
