@@ -1,0 +1,180 @@
+"""The last one out: a small process that ends what a server started, however the server itself ended.
+
+Run as a program, alone and with the standard library only: `python -I -S cleanup.py ROOT RAY_TEMP MARK OWNER`.
+Its standard input is a pipe from the server (OWNER): the kernel closes it when the server ends, by SIGKILL too. Then
+every process that the server started is killed and sockets that nobody listens on are removed from the state directory
+(ROOT) and from Ray's temporary folder (RAY_TEMP). As long as it runs it holds the lock of the state directory, so the
+next server there waits for the end of this.
+
+Ray's processes end by themselves when their driver does, but some only after half a minute, and a stopped (SIGSTOP)
+worker, a job's process and files never.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+#: first word of the answer on standard output: the lock is held / a living server (its pid follows) has it
+READY = "ready"
+BUSY = "busy"
+#: processes that fork while they are being killed are hunted for this long
+_HUNT_S = 6.0
+#: how long an earlier server's cleanup is waited for; it needs less than _HUNT_S
+_LOCK_WAIT_S = 10
+
+
+def main(root: Path, ray_temp: Path, mark: str, owner: int) -> int:
+    """Hold the lock while `owner` lives, then clean up. Exit status 1: the lock is another living server's."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    descriptor = os.open(root / "server.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    if not _take(descriptor):
+        sys.stdout.write(f"{BUSY} {_owner_of(descriptor)}\n")
+        return 1
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{owner} {_start_time_of(owner)}".encode(), 0)
+    family = Family(mark, owner, os.getsid(owner), int(_start_time_of(owner)), root / "cwd", ray_temp)
+    sys.stdout.write(f"{READY}\n")
+    sys.stdout.flush()
+    sys.stdin.buffer.read()
+    family.end(_HUNT_S)
+    for folder in {root, ray_temp}:
+        sweep_sockets(folder)
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How to know a process that a server started: by the mark in its environment, or by where it lives.
+
+    The mark alone is not enough: a process that writes its title (`ray::...`) may write over its environment.
+    """
+
+    #: NAME=value
+    mark: str
+    #: pid, session id and start time of the server, which is not a member itself
+    server: int
+    session: int
+    born: int
+    #: the server's own empty folder; nobody else works there
+    cwd: Path
+    #: Ray puts the folders of jobs below its sessions in here
+    ray_temp: Path
+
+    def members(self) -> list[int]:
+        """Pids of all living ones, the server and this process left out."""
+        numbers = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+        return [pid for pid in numbers if pid not in (os.getpid(), self.server) and self.has(pid)]
+
+    def has(self, pid: int) -> bool:
+        process = Path(f"/proc/{pid}")
+        try:
+            if self.mark.encode() in (process / "environ").read_bytes().split(b"\0"):
+                return True
+            # The second test is for Ray's own processes, which stay in the server's session; a shell is older or in
+            # another one, and what a user reads in the logs' folder is no reason either.
+            return self._is_home(Path(os.readlink(process / "cwd"))) and self._is_younger_relative(pid)
+        except OSError:  # ended meanwhile, or another user's
+            return False
+
+    def end(self, hunt_s: float) -> list[int]:
+        """SIGKILL every member, until none is left or `hunt_s` is over; returns the pids left."""
+        deadline = time.monotonic() + hunt_s
+        while (pids := self.members()) and time.monotonic() < deadline:
+            self._kill_and_wait(pids, deadline)
+        return pids
+
+    def _is_home(self, cwd: Path) -> bool:
+        return cwd == self.cwd or (cwd.is_relative_to(self.ray_temp) and "runtime_resources" in cwd.parts)
+
+    def _is_younger_relative(self, pid: int) -> bool:
+        start_time = _start_time_of(pid)
+        return os.getsid(pid) == self.session and bool(start_time) and int(start_time) >= self.born
+
+    def _kill_and_wait(self, pids: list[int], deadline: float) -> None:
+        with ExitStack() as stack:
+            poll = select.poll()
+            pending: set[int] = set()
+            for pid in pids:
+                try:
+                    pidfd = os.pidfd_open(pid)
+                    stack.callback(os.close, pidfd)
+                    # Asked again after the open: from here on the descriptor cannot come to mean another process.
+                    if not self.has(pid):
+                        continue
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+                poll.register(pidfd, select.POLLIN)
+                pending.add(pidfd)
+            while pending and (left_ms := (deadline - time.monotonic()) * 1000) > 0:
+                for pidfd, _ in poll.poll(left_ms):
+                    poll.unregister(pidfd)
+                    pending.discard(pidfd)
+
+
+def sweep_sockets(folder: Path) -> list[Path]:
+    """Remove the sockets below `folder` on which nobody listens; returns what was removed."""
+    dead = [path for path in folder.rglob("*") if path.is_socket() and _is_dead(path)]
+    for path in dead:
+        path.unlink(missing_ok=True)
+    return dead
+
+
+def _take(descriptor: int) -> bool:
+    """Get the lock, waiting for an earlier server's cleanup if that server is already dead."""
+    try:
+        # A POSIX record lock: it goes with the process and no child inherits it.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        if _owner_of(descriptor):
+            return False
+    signal.signal(signal.SIGALRM, _too_long)
+    signal.alarm(_LOCK_WAIT_S)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX)
+        return True
+    except TimeoutError:
+        return False
+    finally:
+        signal.alarm(0)
+
+
+def _too_long(signum: int, frame: object) -> None:
+    raise TimeoutError
+
+
+def _owner_of(descriptor: int) -> int:
+    """Pid of the living server that the lock file names; 0 if it is dead or names none."""
+    pid, _, start_time = os.pread(descriptor, 64, 0).decode().partition(" ")
+    return int(pid) if start_time and _start_time_of(int(pid)) == start_time else 0
+
+
+def _start_time_of(pid: int) -> str:
+    """With the pid, what names a process for ever (field 22 of /proc/<pid>/stat); empty if there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    return "" if fields[0] in ("Z", "X") else fields[19]
+
+
+def _is_dead(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(os.fspath(path)) == errno.ECONNREFUSED
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])))
