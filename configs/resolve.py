@@ -59,7 +59,7 @@ def resolve(settings: Settings, hardware: Hardware) -> tuple[Resolved, tuple[str
     """
     notes: list[str] = []
     device = _device(settings, hardware, notes)
-    rank_resources = _rank_resources(settings, device)
+    rank_resources = rank_resources_of(settings, device)
     _check_shape(settings, hardware, rank_resources, device)
     threads = _threads(settings, hardware, device, notes)
     kv_memory_bytes = _kv_memory(settings, hardware, device)
@@ -90,7 +90,8 @@ def _device(settings: Settings, hardware: Hardware, notes: list[str]) -> Literal
     return device
 
 
-def _rank_resources(settings: Settings, device: Literal["cpu", "cuda"]) -> dict[str, float]:
+def rank_resources_of(settings: Settings, device: Literal["cpu", "cuda"]) -> dict[str, float]:
+    """Logical resources, by Ray's names, that one rank on `device` asks for."""
     if device == "cuda":
         return {"GPU": 1.0}
     return {settings.ray.cpu_rank_resource or "CPU": 1.0}
