@@ -96,13 +96,11 @@ class PagedStep:
         slots.index_copy_(0, writes[layer, 1], v_GTD.transpose(0, 1))
         q_THD = q_HTD.transpose(0, 1)
         groups = self._plan.groups
-        if len(groups) == 1 and groups[0].tokens is None:
+        if len(groups) == 1 and groups[0].tokens == slice(0, q_THD.shape[0]):
             return self._decode(layer, groups[0], q_THD, scaling)
         out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
         for group in groups:
-            tokens = group.tokens
-            assert tokens is not None
-            out_THD.index_copy_(0, tokens, self._decode(layer, group, q_THD.index_select(0, tokens), scaling))
+            out_THD[group.tokens] = self._decode(layer, group, q_THD[group.tokens], scaling)
         for row in self._plan.prefills:
             span = slice(row.start, row.end)
             if row.blocks is None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
-from engine.attention_plan import MIN_FILL, QUERY_BLOCK, AttentionPlan, plan_attention
+from engine.attention_plan import MAX_GATHER_BYTES, MIN_FILL, QUERY_BLOCK, AttentionPlan, DecodeGroup, plan_attention
 from engine.batch import Batch
 from engine.kv_pool import KvPool
 
@@ -33,6 +34,10 @@ def plan_of(rows: list[tuple[int, int]], num_pages: int = 400) -> tuple[Attentio
     return plan_attention(pool, batch, queries_per_kv=3), batch, pool
 
 
+def places(group: DecodeGroup) -> list[int]:
+    return torch.arange(10_000)[group.tokens].tolist()
+
+
 def test_each_token_writes_its_own_slot_of_its_own_page() -> None:
     plan, batch, pool = plan_of([(3, 9), (1, 4), (6, 6)])
     owners = [0, 0, 0, 1, 2, 2, 2, 2, 2, 2]
@@ -50,7 +55,7 @@ def test_decode_rows_alike_in_length_are_one_group_in_order() -> None:
     plan, batch, _ = plan_of([(1, 16), (1, 13), (1, 15)])
 
     (group,) = plan.groups
-    assert group.tokens is None
+    assert group.tokens == slice(0, 3)
     assert (group.num_rows, group.context) == (3, 16)
     assert group.mask is not None
     assert group.mask[:, 0, 0].isinf().sum(1).tolist() == [0, 3, 1]
@@ -70,12 +75,28 @@ def test_padding_is_bounded_and_every_decode_row_is_in_one_group() -> None:
     plan, _, _ = plan_of([(1, length) for length in lens], num_pages=800)
 
     assert len(plan.groups) > 2
-    members = [group.tokens.tolist() for group in plan.groups if group.tokens is not None]
+    members = [places(group) for group in plan.groups]
     assert sorted(token for tokens in members for token in tokens) == list(range(len(lens)))
     for group, tokens in zip(plan.groups, members, strict=True):
         pages = [-(-lens[token] // SIZE) for token in tokens]
         assert group.context == max(pages) * SIZE
         assert min(pages) >= MIN_FILL * max(pages)
+
+
+def test_gathered_kv_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page of one layer is 64 bytes here: 1 KiB are 16 pages, four rows of four."""
+    monkeypatch.setitem(MAX_GATHER_BYTES, "cpu", 1024)
+    plan, _, _ = plan_of([(1, 16)] * 9 + [(1, 200)])
+
+    assert [places(group) for group in plan.groups] == [[9], [0, 1, 2, 3], [4, 5, 6, 7], [8]]
+    assert [group.tokens for group in plan.groups] == [slice(9, 10), slice(0, 4), slice(4, 8), slice(8, 9)]
+
+
+def test_rows_apart_are_gathered_by_place() -> None:
+    plan, _, _ = plan_of([(1, 9), (2, 4), (1, 9)])
+
+    assert isinstance(plan.groups[0].tokens, torch.Tensor)
+    assert places(plan.groups[0]) == [0, 3]
 
 
 def test_padding_repeats_the_rows_own_pages() -> None:
@@ -89,8 +110,7 @@ def test_prefill_rows_beside_decode_rows() -> None:
     plan, batch, _ = plan_of([(1, 9), (5, 5), (7, 19)])
 
     (group,) = plan.groups
-    assert group.tokens is not None
-    assert group.tokens.tolist() == [0]
+    assert places(group) == [0]
     first, later = plan.prefills
     assert (first.start, first.end, first.blocks) == (1, 6, None)
     assert (later.start, later.end) == (6, 13)

@@ -63,14 +63,12 @@ def test_the_tokenizer_gives_back_any_text(tokenizer: PreTrainedTokenizerFast) -
 
 def test_the_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How high?"}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-    assert text == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHow high?<|im_end|>\n<|im_start|>assistant\n"
-    )
+    text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHow high?<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer.encode(text)
-    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 3
-    assert ids.count(tokenizer.eos_token_id) == 2
+
+    assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == text
+    assert tokenizer.convert_ids_to_tokens(ids).count("<|im_start|>") == 3
+    assert tokenizer.convert_ids_to_tokens(ids).count(str(tokenizer.eos_token)) == 2
 
 
 def test_tiny_is_served(tiny: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -81,7 +79,7 @@ def test_tiny_is_served(tiny: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     assert facts.dtype == "float32"
     assert facts.max_len == 2048
     assert facts.vocab_size == len(tokenizer) == 512
-    assert set(facts.eos_token_ids) == {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    assert list(facts.eos_token_ids) == tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
 
 
 def test_small_has_twenty_million_parameters(tmp_path: Path) -> None:
