@@ -1,0 +1,99 @@
+"""What a rank hands to Ray's metrics; the exporter itself is looked at in tests/cluster."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import pytest
+from ray.util import metrics as ray_metrics
+
+from actors.metrics import RankMetrics
+from engine.flush import Blockers
+from engine.request import Output, RequestStats
+from engine.snapshot import Counters, EngineSnapshot
+
+Key = tuple[str, frozenset[tuple[str, str]]]
+
+
+class Exported:
+    """Every value handed to Ray, by metric and labels, in order."""
+
+    def __init__(self) -> None:
+        self.values: dict[Key, list[float]] = defaultdict(list)
+
+    def of(self, name: str, **labels: str) -> list[float]:
+        return self.values[name, frozenset(({"rank": "3"} | labels).items())]
+
+
+@pytest.fixture
+def exported(monkeypatch: pytest.MonkeyPatch) -> Exported:
+    exported = Exported()
+
+    def record(metric: Any, value: float, tags: dict[str, str]) -> None:
+        assert set(tags) == set(metric.info["tag_keys"])
+        exported.values[metric.info["name"], frozenset(tags.items())].append(value)
+
+    monkeypatch.setattr(ray_metrics.Metric, "_record", record)
+    return exported
+
+
+def output(request_id: str, token_ids: list[int], *, finish: Any = None, first_token_s: float | None = None) -> Output:
+    stats = None if first_token_s is None else RequestStats(4, 0, None, queue_s=0.01, first_token_s=first_token_s)
+    return Output(request_id, 0, token_ids, finish=finish, stats=stats)
+
+
+def test_the_first_token_is_observed_once_per_request(exported: Exported) -> None:
+    metrics = RankMetrics(3)
+    metrics.outputs([output("a", [1], first_token_s=0.2), output("b", [1], finish="stop", first_token_s=0.3)])
+    metrics.outputs([output("a", [2])])
+    metrics.outputs([output("a", [3], finish="length", first_token_s=0.2)])
+    # ended in the queue: there was no first token
+    metrics.outputs([output("c", [], finish="abort", first_token_s=0.0)])
+    assert exported.of("tidegate_time_to_first_token_seconds") == [0.2, 0.3]
+    assert exported.of("tidegate_queue_wait_seconds") == [0.01, 0.01]
+
+
+def test_counters_carry_what_is_new_and_exist_from_the_first_report(exported: Exported) -> None:
+    metrics = RankMetrics(3)
+    metrics.report(EngineSnapshot(), 0)
+    metrics.report(
+        EngineSnapshot(counters=Counters(num_generated_tokens=7, num_finished_stop=1), num_evicted_pages=4), 0
+    )
+    metrics.report(
+        EngineSnapshot(counters=Counters(num_generated_tokens=9, num_finished_stop=1), num_evicted_pages=4), 0
+    )
+    assert exported.of("tidegate_generated_tokens") == [0, 7, 2]
+    assert exported.of("tidegate_evicted_pages") == [0, 4, 0]
+    assert exported.of("tidegate_requests", outcome="stop") == [0, 1, 0]
+    assert exported.of("tidegate_requests", outcome="abort") == [0, 0, 0]
+
+
+def test_gauges_show_the_snapshot(exported: Exported) -> None:
+    snapshot = EngineSnapshot(
+        blockers=Blockers(running=2, half_prefilled=1), num_waiting=5, epoch=8, num_pages=10, num_free_pages=6,
+        num_cached_pages=1, num_pinned_pages=2, num_private_pages=1,
+    )  # fmt: skip
+    RankMetrics(3).report(snapshot, 11)
+    assert exported.of("tidegate_running_requests") == [3]
+    assert exported.of("tidegate_queued_requests") == [5]
+    assert exported.of("tidegate_rank_epoch") == [8]
+    assert exported.of("tidegate_rank_dropped_frames") == [11]
+    states = {state: exported.of("tidegate_kv_pages", state=state) for state in ("free", "cached", "pinned", "private")}
+    assert states == {"free": [6], "cached": [1], "pinned": [2], "private": [1]}
+
+
+def test_flushes_by_mode_and_verdict(exported: Exported) -> None:
+    RankMetrics(3).flush_ended("wait", "timed_out", 1.5)
+    assert exported.of("tidegate_rank_flushes", mode="wait", verdict="timed_out") == [1]
+    assert exported.of("tidegate_rank_flush_wait_seconds", mode="wait") == [1.5]
+
+
+def test_another_number_empties_the_old_gauges_and_counts_nothing_twice(exported: Exported) -> None:
+    metrics = RankMetrics(3)
+    metrics.report(EngineSnapshot(num_waiting=5, counters=Counters(num_generated_tokens=7)), 0)
+    metrics.renumber(4)
+    metrics.report(EngineSnapshot(num_waiting=6, counters=Counters(num_generated_tokens=8)), 0)
+    assert exported.of("tidegate_queued_requests") == [5, 0]
+    assert exported.of("tidegate_queued_requests", rank="4") == [6]
+    assert exported.of("tidegate_generated_tokens", rank="4") == [1]
