@@ -5,20 +5,47 @@ A thin shell: what it does is in actors/control_plane.py, which runs without Ray
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import os
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 
-from actors.clock import BootClock
-from actors.control_plane import ControlPlane, Surroundings
-from actors.log_stores import DirectoryStore, GcsStore, LogStore
-from actors.messages import NAMESPACE, Membership, RankRecord, Registered
+from actors.clock import BootClock, Clock
+from actors.control_log import ControlLog
+from actors.control_plane import ControlPlane
+from actors.detached import find_actor, get_or_create
+from actors.end_proofs import LocalEnd, process_name
+from actors.log_stores import DirectoryStore, GcsStore, LogStore, boot_directory
+from actors.log_thread import LogThread
+from actors.messages import (
+    CONTROLLER_NAME,
+    LeaseAnswer,
+    Membership,
+    NodeRenewal,
+    RankRecord,
+    Registered,
+    node_agent_name,
+)
 from actors.metrics import ControlMetrics
+from actors.node_agent_actor import NodeAgentActor
+from actors.ray_errors import gcs_failures_as_os_errors
+from actors.surroundings import Surroundings
 from configs.schema import Settings
+
+#: exit status of a controller that was superseded, or can go on no longer
+_EXIT_SUPERSEDED = 72
+
+
+def ensure_controller(settings: Settings) -> ActorHandle[Any]:
+    """The controller of this cluster, made by whoever comes first."""
+    return get_or_create(ControllerActor, CONTROLLER_NAME, settings)
 
 
 class ControllerActor:
-    """A plain class, wrapped where it is created (actors/detached.py).
+    """A plain class, wrapped where it is created.
 
     What it offers to jobs takes plain values and answers plain dicts with `success`, `status`, `message`; a refused
     argument is such a dict too (`status: invalid`, `http_status: 400`, `param`), never an exception.
@@ -26,19 +53,37 @@ class ControllerActor:
 
     async def __init__(self, settings: Settings) -> None:
         context = ray.get_runtime_context()
+        name, clock = context.get_actor_name() or CONTROLLER_NAME, BootClock()
+
+        def make_agent(node_id: str) -> None:
+            with gcs_failures_as_os_errors():
+                agent_name = node_agent_name(name, node_id)
+                get_or_create(NodeAgentActor, agent_name, settings, node_id, name, node_id=node_id)
+
         around = Surroundings(
-            clock=BootClock(),
+            clock=clock,
             actor_id=context.get_actor_id() or "",
             cluster=context.get_session_name(),
             node_id=context.get_node_id(),
-            find_handle=_named_actor,
+            find_handle=lambda record: asyncio.to_thread(find_actor, record.actor_name),
+            find_process=lambda record: LocalEnd.of(process_name(record)),
+            ensure_agent=lambda node_id: asyncio.to_thread(make_agent, node_id),
+            in_thread=asyncio.to_thread,
+            end_process=_end_process,
+            is_one_machine=settings.control.log == "directory",
         )
-        self._plane = ControlPlane(_store(settings), settings.control, around, ControlMetrics())
+        writer = LogThread(ControlLog(_log_store(settings, clock), clock))
+        audit = _audit_store(settings)
+        self._plane = ControlPlane(writer, audit, settings.control, around, ControlMetrics())
         await self._plane.start()
 
     async def register(self, record: RankRecord, handle: Any) -> Registered:
         """A rank's first call; see ControlPlane.register."""
         return await self._plane.register(record, handle)
+
+    async def renew(self, renewal: NodeRenewal, handle: Any) -> LeaseAnswer:
+        """A node's agent asks for a lease; see ControlPlane.renew."""
+        return await self._plane.renew(renewal, handle)
 
     async def membership(self, known_version: int, timeout_s: float) -> Membership:
         """Long poll of an Api process; see ControlPlane.membership."""
@@ -56,16 +101,20 @@ class ControllerActor:
     ) -> dict[str, Any]:
         """Flush the cache of every rank; the answer comes by `timeout_s` plus 50 ms whatever the ranks do.
 
-        timeout_s: seconds to wait for an idle instant, 0: now or refuse. mode: wait, drain, retract, abort, fence.
-        tiers: names, None: all there are. scope: exactly one of namespace, adapter, prefix_tokens, older_than_s.
+        timeout_s: seconds to wait for an idle instant, 0: now or refuse. For retract, abort and fence a value below
+        the step grace (5 s) counts as that; a fence answers as soon as the floor is on every node's page.
+        mode: wait, drain, retract, abort, fence. tiers: names, None: all there are.
+        scope: exactly one of namespace, adapter, prefix_tokens, older_than_s.
         flush_id: a repeat with the same arguments joins or re-reads the first one for an hour.
 
-        Answers {flush_id, success, status, message, http_status, epoch, mode, tiers, dry_run, floor_raised, replayed,
-        started_at, took_ms, ranks: [{rank, incarnation, node, status, message, epoch, waited_ms, freed_pages,
-        freed_bytes, copies_in_flight, blockers, num_aborted, num_retracted}], host_tiers, untouched_tiers}.
-        `success` only if every incarnation registered at the start or before the return flushed, joined empty or is
-        proven gone, and one lives. `status` then is `flushed`, else one of in_progress, timed_out, refused, busy,
-        unreachable, expired_command, superseded, no_ranks, unavailable.
+        Answers {flush_id, success, status, message, http_status, epoch, sub_epoch, mode, tiers, dry_run, floor_raised,
+        superseded_by, replayed, started_at, took_ms, ranks: [{rank, incarnation, node, status, message, epoch,
+        waited_ms, freed_pages, freed_bytes, copies_in_flight, blockers, num_aborted, num_retracted}], host_tiers,
+        untouched_tiers}. `success` only if every incarnation registered at the start or before the return flushed, is
+        fenced (mode fence), joined empty, is proven gone or out of lease (`expired`), and one lives. `status` then is
+        `flushed`, else one of in_progress, timed_out, refused, busy, unreachable, expired, expired_command,
+        superseded, cancelled, no_ranks, unavailable. `floor_raised`: the invalidation is irrevocable, and reaches who
+        has not answered when it comes back.
         """
         return await self._plane.flush(
             timeout_s=timeout_s, mode=mode, tiers=tiers, scope=scope, flush_id=flush_id, dry_run=dry_run, caller=caller
@@ -76,19 +125,42 @@ class ControllerActor:
         it runs; `status: unknown`, `http_status: 404` if nobody remembers it."""
         return await self._plane.flush_status(flush_id)
 
+    async def cancel_flush(self, flush_id: Any, caller: Any = "job") -> dict[str, Any]:
+        """End a pending flush that has not begun: one in mode wait or drain, or with a scope. Ranks that have flushed
+        stay so.
+
+        Answers {success, status: cancelled, flush: its whole answer}; `status: conflict`, `http_status: 409` if it has
+        ended or its floor is raised; `status: unknown`, 404 if nobody knows it.
+        """
+        return await self._plane.cancel_flush(flush_id, caller)
+
     async def abort(
-        self, request_id: Any = None, all: Any = False, timeout_s: Any = 5.0, reason: Any = "aborted by a control call"
+        self,
+        request_id: Any = None,
+        all: Any = False,
+        timeout_s: Any = 5.0,
+        reason: Any = "aborted by a control call",
+        caller: Any = "job",
     ) -> dict[str, Any]:
         """End one request (or a list) by its exact id, or all, on every rank.
 
         Answers {success, status, message, num_aborted, ranks}; `success` if every rank answered. Unknown ids are no
         error: a request that has ended already needs no abort.
         """
-        return await self._plane.abort(request_id, all, timeout_s, reason)
+        return await self._plane.abort(request_id, all, timeout_s, reason, caller)
 
     async def status(self, timeout_s: Any = 1.0) -> dict[str, Any]:
-        """Epoch, floor, pending flush, and a row for each incarnation with what it says of itself."""
+        """Epoch, floor, pending flush, a row for each incarnation with what it says of itself, and one for each node:
+        {node, floor, has_lease, silent_s, message}."""
         return await self._plane.status(timeout_s)
+
+    async def audit(self, limit: Any = 100, flush_id: Any = None) -> dict[str, Any]:
+        """The newest flushes and control calls, refused ones too, newest first; all of them or those of one flush.
+
+        Answers {success, status, message, entries: [{call, at, caller, ...}]}; a flush's entry holds its arguments,
+        its answer without details, and [rank, incarnation, verdict] for each rank.
+        """
+        return await self._plane.audit(limit, flush_id)
 
     async def info(self) -> dict[str, Any]:
         """What does not change while a rank lives: model facts, sizes, limits. Nothing secret."""
@@ -99,15 +171,20 @@ class ControllerActor:
         return await self._plane.hello()
 
 
-def _store(settings: Settings) -> LogStore:
+def _log_store(settings: Settings, clock: Clock) -> LogStore:
     if settings.control.log == "gcs":
         return GcsStore(settings.ray.deployment)
-    return DirectoryStore(settings.resolved_state_dir / "control-log" / settings.ray.deployment)
+    parent = settings.resolved_state_dir / "control-log" / settings.ray.deployment
+    return DirectoryStore(boot_directory(parent, clock.boot_id), is_synced=False)
 
 
-def _named_actor(record: RankRecord) -> Any:
-    """The rank's actor; None if Ray has none of that name any more."""
-    try:
-        return ray.get_actor(record.actor_name, namespace=NAMESPACE)
-    except ValueError:
-        return None
+def _audit_store(settings: Settings) -> LogStore:
+    if settings.control.log == "gcs":
+        return GcsStore(settings.ray.deployment, "audit")
+    return DirectoryStore(settings.resolved_state_dir / "audit" / settings.ray.deployment, is_synced=True)
+
+
+def _end_process() -> None:
+    """Ray starts a controller anew if this one was still its own."""
+    logging.shutdown()
+    os._exit(_EXIT_SUPERSEDED)

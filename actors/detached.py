@@ -13,9 +13,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.controller import ControllerActor
-from actors.messages import CONTROLLER_NAME, NAMESPACE
-from configs.schema import Settings
+from actors.messages import NAMESPACE
 
 # Serve's own controller takes 15,000; our calls are watches, long polls and flushes, a few per rank and Api replica.
 _MAX_CONCURRENCY = 10_000
@@ -41,6 +39,9 @@ def get_or_create(actor_class: type, name: str, *args: Any, node_id: str | None 
     ).remote(*args)
 
 
-def ensure_controller(settings: Settings) -> ActorHandle[Any]:
-    """The controller of this cluster, made by whoever comes first."""
-    return get_or_create(ControllerActor, CONTROLLER_NAME, settings)
+def find_actor(name: str) -> ActorHandle[Any] | None:
+    """The actor of this name in namespace `tidegate`; None if Ray has none (any more). Blocks."""
+    try:
+        return ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return None

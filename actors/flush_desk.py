@@ -1,350 +1,325 @@
-"""Carries flushes out: stores the intent, tells the ranks, collects, stores the outcome, answers on time.
+"""All flushes of one controller: which one may begin, which are under way, what became of those that ended.
 
-What a flush means and when it succeeded is decided in `flush_run` and `flush_book`, which know neither clocks nor
-actors; here is only what has to wait.
+What a flush means and when it succeeded is decided in `flush_machine` and `flush_run`; here they begin, and here their
+answers are kept, counted and written to the audit log.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Awaitable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from actors.audit_log import AuditLog
 from actors.clock import Clock
-from actors.control_log import Superseded
 from actors.flush_book import Begin, FlushBook, Join, Refuse, Reread
-from actors.flush_recovery import ask_what_became, interrupted_run
+from actors.flush_events import (
+    CancelAsked,
+    Event,
+    NodeChanged,
+    RankGone,
+    RankRegistered,
+    Superseded,
+    SupersederEnded,
+)
+from actors.flush_flight import FlushFlight, FlushTools
+from actors.flush_machine import FlushMachine
+from actors.flush_plan import FlushPlan
+from actors.flush_recovery import ask_what_became, interrupted_rows
 from actors.flush_request import FlushLimits, FlushRequest, parse_flush, refusal
 from actors.flush_run import Answer, FlushRun, flush_answer
-from actors.log_records import FlushIntent, FlushOutcome, LogState
-from actors.log_thread import LogThread
+from actors.log_keeper import LogKeeper, Stored
+from actors.log_records import FlushIntent, FlushOutcome
 from actors.messages import RankRecord
 from actors.metrics import ControlMetrics
-from actors.ray_errors import Answered, CallFailed, outcome_of
+from actors.nodes import Nodes
 from actors.roster import Roster
-from configs.errors import Conflict, RequestError
-from engine.flush import ALREADY_IN_PROGRESS, FlushCommand
+from configs.errors import Conflict, RequestError, UnknownResource
+from engine.flush import ALREADY_IN_PROGRESS
 
-log = logging.getLogger(__name__)
-
-# Nobody waits for the outcome of a flush that was cut short; a store that is slow at start may take its time.
-_CLOSE_STORE_S = 10.0
-# Of the answer's slack, verdicts may use one half (they leave the ranks at the deadline), the log most of the rest.
-_COLLECT_SHARE = 0.5
-_STORE_SHARE = 0.9
-
-
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    index: int
-
-
-@dataclass(frozen=True, slots=True)
-class _NotStored:
-    message: str
+#: keys of a flush's answer that its audit entry has, beside a short row for each rank
+_AUDITED = (
+    "flush_id", "success", "status", "message", "mode", "tiers", "dry_run", "epoch", "sub_epoch", "floor_raised",
+    "superseded_by", "replayed", "took_ms",
+)  # fmt: skip
+_MAX_SHOWN = 200
 
 
 class FlushDesk:
-    """All flushes of one controller; one at a time."""
+    """Lives on one asyncio loop."""
 
     def __init__(
         self,
         roster: Roster,
-        log_thread: LogThread,
-        state: LogState,
-        limits: FlushLimits,
+        nodes: Nodes,
+        log: LogKeeper,
         clock: Clock,
-        metrics: ControlMetrics,
+        limits: FlushLimits,
         answer_slack_s: float,
+        metrics: ControlMetrics,
+        audit: AuditLog,
     ) -> None:
-        """state: the log as it was taken over; epoch and floor are kept up to date here."""
+        """log: taken over; what it says of earlier flushes is readable here at once."""
         self._roster = roster
-        self._log = log_thread
-        self._state = state
-        self._limits = limits
+        self._nodes = nodes
+        self._log = log
         self._clock = clock
-        self._metrics = metrics
+        self._limits = limits
         self._slack_s = answer_slack_s
+        self._metrics = metrics
+        self._audit = audit
+        self._tools = FlushTools(roster, nodes, log, clock)
         self._book = FlushBook()
-        self._run: FlushRun | None = None
-        #: deadline of the current run by the clock, once its ranks are being told; None before
-        self._telling_until_s: float | None = None
-        self._settled = asyncio.Event()
-        self._running: asyncio.Task[Answer] | None = None
-        self._legs: set[asyncio.Task[None]] = set()
+        #: flush id -> what carries it out, until it has its answer
+        self._flights: dict[str, FlushFlight] = {}
+        #: flush id -> the flush that gives way to it
+        self._yielding: dict[str, str] = {}
+        #: flush id -> the end of a flush that an earlier controller began and that is closed by asking the ranks
+        self._closing: dict[str, asyncio.Task[Answer]] = {}
         self._flushed_s: float | None = None
         self._restore()
 
     # --- what callers see -------------------------------------------------------------------------------------------
 
-    async def flush(self, arguments: Mapping[str, object], make_id: Any) -> Answer:
+    async def flush(self, arguments: Mapping[str, object], make_id: Callable[[], str]) -> Answer:
         """One flush, from its arguments to its answer; see actors.controller.ControllerActor.flush."""
         received_s = self._clock.now_s()
         try:
             request = parse_flush(arguments, self._limits, make_id)
         except RequestError as error:
-            return refusal(error)
-        match self._book.admit(request, received_s):
+            answer = refusal(error)
+            self._note_refused("flush", arguments, answer)
+            return answer
+        match self._book.admit(request, received_s, self._may_yield):
             case Reread(answer):
-                return answer | {"replayed": True}
+                return self._replayed(request, answer)
             case Refuse() as refused:
                 return self._refused(request, refused)
             case Join():
-                assert self._running is not None, "a flush is pending that nobody carries out"
-                return await asyncio.shield(self._running) | {"replayed": True}
-            case Begin():
-                self._running = asyncio.create_task(self._carry_out(request, received_s), name=request.flush_id)
-                # a caller that hangs up does not cancel its flush
-                return await asyncio.shield(self._running)
+                return self._replayed(request, await self._ending(request.flush_id))
+            case Begin(superseding):
+                return await asyncio.shield(self._begin(request, received_s, superseding))
+
+    async def cancel(self, flush_id: str, caller: str) -> Answer:
+        """End a flush that has not begun; see actors.controller.ControllerActor.cancel_flush."""
+        flight = self._flights.get(flush_id)
+        if flight is None and self.read(flush_id) is None:
+            answer = refusal(UnknownResource(f"no flush {flush_id!r} is known", "flush_id"))
+        elif flight is None or not flight.machine.can_cancel:
+            has = "has ended" if flight is None else "has begun and cannot be taken back"
+            answer = refusal(Conflict(f"flush {flush_id!r} {has}", "flush_id"))
+        else:
+            flight.handle(CancelAsked())
+            ended = await asyncio.shield(flight.answered)
+            success = ended["status"] == "cancelled"
+            answer = {
+                "success": success, "status": "cancelled" if success else "conflict", "flush": ended,
+                "http_status": 200 if success else 409,
+                "message": "" if success else f"flush {flush_id!r} ended before it could be cancelled",
+            }  # fmt: skip
+        entry = {"flush_id": flush_id} | {key: answer[key] for key in ("success", "status", "message")}
+        self.note("cancel_flush", caller, entry)
+        return answer
 
     def read(self, flush_id: str) -> Answer | None:
-        """The answer of an ended flush, late verdicts included; of the pending one, how far it is."""
+        """The answer of an ended flush, late verdicts included; of one under way, how far it is."""
         ended = self._book.read(flush_id)
-        return ended if ended is not None else self._pending_as_plain(flush_id)
+        return ended if ended is not None else self._under_way(flush_id)
 
     def pending(self) -> dict[str, Any] | None:
         """The pending flush as plain data; None if there is none."""
-        return None if self._book.pending is None else self._pending_as_plain(self._book.pending.flush_id)
+        return None if self._book.pending is None else self._under_way(self._book.pending.flush_id)
 
     def seconds_since_flush(self) -> float | None:
         """Since the last success of this controller's life."""
         return None if self._flushed_s is None else self._clock.now_s() - self._flushed_s
 
-    # --- what happens to ranks meanwhile ----------------------------------------------------------------------------
+    def note(self, call: str, caller: str, facts: Mapping[str, Any]) -> None:
+        """Have a control call written to the audit log."""
+        self._audit.note({"call": call, "at": self._clock.wall_text(), "caller": caller} | dict(facts))
+
+    # --- what happens meanwhile -------------------------------------------------------------------------------------
 
     def registered(self, record: RankRecord) -> None:
-        """An incarnation was added to the roster; it is going to be told the newest epoch."""
-        run = self._run
-        if run is None or run.has(record.incarnation):
-            return
-        if record.is_empty and run.is_begun:
-            run.joined(record)
-            return
-        run.expect(record)
-        if self._telling_until_s is not None:
-            self._tell(run, record.incarnation, self._telling_until_s)
+        """An incarnation was added to the roster, or has registered again."""
+        self._tell_all(RankRegistered(record, is_new=self._roster.book.is_joining(record.incarnation)))
 
     def gone(self, record: RankRecord) -> None:
         """An incarnation's process is proven gone."""
-        if self._run is not None:
-            self._run.gone(record.incarnation)
-            self._note_progress(self._run)
+        self._tell_all(RankGone(record.incarnation))
 
-    # --- one flush --------------------------------------------------------------------------------------------------
+    def node_changed(self, node_id: str) -> None:
+        """A node was heard of, or its floor has risen."""
+        self._tell_all(NodeChanged(node_id))
 
-    async def _carry_out(self, request: FlushRequest, received_s: float) -> Answer:
-        deadline_s = received_s + request.budget_s(self._limits.step_grace_s)
-        run = self._run = FlushRun(request, self._clock.wall_text(), received_s)
-        run.takes_epoch = request.takes_epoch(self._limits)
-        for record in self._roster.records():
-            run.expect(record)
-        try:
-            return await self._from_intent_to_answer(run, deadline_s)
-        finally:
-            self._run = self._telling_until_s = None
-            self._book.drop(request)
+    def close(self) -> None:
+        """Carry nothing on."""
+        for flight in self._flights.values():
+            flight.close()
+        for closing in self._closing.values():
+            closing.cancel()
 
-    async def _from_intent_to_answer(self, run: FlushRun, deadline_s: float) -> Answer:
-        if run.is_settled:
-            return self._not_begun(run, "no_ranks", "no rank is registered: nothing was flushed")
-        intent = FlushIntent(run.request, run.takes_epoch, tuple(run.waiting_for), run.started_at)
-        appending = self._log.append(intent)
-        match await self._stored(appending, deadline_s + _COLLECT_SHARE * self._slack_s):
-            case _NotStored(message):
-                answer = self._not_begun(run, "unavailable", f"{message}; no rank was told to flush")
-                self._close_when_stored(appending, answer)
-                return answer
-            case _Stored(index):
-                self._begin(run, index, deadline_s)
-                await self._until_settled(deadline_s + _COLLECT_SHARE * self._slack_s)
-                return await self._end(run, index, deadline_s + _STORE_SHARE * self._slack_s)
+    # --- what the flights tell --------------------------------------------------------------------------------------
 
-    def _begin(self, run: FlushRun, index: int, deadline_s: float) -> None:
-        """The intent is stored: from here on ranks are told, those too that register meanwhile."""
-        if run.takes_epoch:
-            run.epoch = self._state.epoch = index
-            self._metrics.epoch(index)
-        run.is_begun = True
-        self._telling_until_s = deadline_s
-        self._settled.clear()
-        for incarnation in run.waiting_for:
-            self._tell(run, incarnation, deadline_s)
-        self._note_progress(run)
+    def begun(self, flight: FlushFlight) -> None:
+        """Its ranks are being told: whoever gives way to it has nothing more to hope for."""
+        self._metrics.epoch(self._log.state.epoch)
+        yielding = self._flights.get(self._yielding.get(flight.request.flush_id, ""))
+        if yielding is not None and flight.machine.state == "running":
+            yielding.handle(Superseded(flight.request.flush_id))
 
-    def _tell(self, run: FlushRun, incarnation: str, deadline_s: float) -> None:
-        leg = asyncio.create_task(self._leg(run, incarnation, deadline_s), name=f"flush-{incarnation}")
-        self._legs.add(leg)
-        leg.add_done_callback(self._legs.discard)
-
-    async def _leg(self, run: FlushRun, incarnation: str, deadline_s: float) -> None:
-        """Tell one rank and wait for its verdict, however late it comes."""
-        is_final = not self._roster.can_prove(incarnation)
-        handle = self._roster.handle(incarnation)
-        if handle is None:
-            run.failed(incarnation, "Ray knows no actor of this incarnation", is_final)
+    def given(self, flight: FlushFlight, answer: Answer, is_remembered: bool) -> None:
+        flush_id = flight.request.flush_id
+        self._flights.pop(flush_id, None)
+        if is_remembered:
+            self._book.end(flight.request, answer, self._clock.now_s())
         else:
-            command = self._command(run, max(0.0, deadline_s - self._clock.now_s()))
-            match await outcome_of(handle.flush.remote(command)):
-                case Answered(verdict):
-                    run.answered(incarnation, verdict)
-                case CallFailed(kind, message):
-                    run.failed(incarnation, message, is_final or kind == "error")
-        self._note_progress(run)
+            self._book.drop(flight.request)
+        self._advance(answer)
+        # Ray's counters take 20 us each and the audit log its time: the caller's answer goes first.
+        asyncio.get_running_loop().call_soon(self._count, flight.request, answer)
+        yielding = self._flights.get(self._yielding.pop(flush_id, ""))
+        if yielding is not None and yielding.machine.run.superseded_by == flush_id:
+            yielding.handle(SupersederEnded())
 
-    def _command(self, run: FlushRun, budget_s: float) -> FlushCommand:
-        request = run.request
-        return FlushCommand(
-            flush_id=request.flush_id,
-            mode=request.mode,
-            tiers=request.tiers,
-            epoch=run.epoch,
-            term=self._state.term,
-            budget_s=budget_s,
-            timeout_s=request.timeout_s,
-            scope=request.scope,
-            dry_run=request.dry_run,
-        )
+    def amended(self, flight: FlushFlight, answer: Answer) -> None:
+        self._book.end(flight.request, answer, self._clock.now_s())
+        self._advance(answer)
 
-    def _note_progress(self, run: FlushRun) -> None:
-        if run is self._run and run.is_settled:
-            self._settled.set()
-        elif run.late:
-            self._book.keep_late(run.request.flush_id, run.late)
+    def late(self, flight: FlushFlight, rows: list[Answer]) -> None:
+        self._book.keep_late(flight.request.flush_id, rows)
 
-    async def _until_settled(self, until_s: float) -> None:
-        waiting = asyncio.ensure_future(self._settled.wait())
-        await asyncio.wait({waiting}, timeout=max(0.0, until_s - self._clock.now_s()))
-        waiting.cancel()
+    # --- inside -----------------------------------------------------------------------------------------------------
 
-    async def _end(self, run: FlushRun, index: int, until_s: float, note: str = "") -> Answer:
-        """Fix the answer, store it, and only then call it a success."""
-        answer = run.close(self._clock.now_s(), self._untouched(run.request), note)
-        floor = run.epoch if answer["floor_raised"] else 0
-        if any(row["status"] == "flushed" for row in answer["ranks"]):
-            self._roster.advance(run.epoch, 0)
-        appending = self._log.append(FlushOutcome(index, floor, answer))
-        told = answer
-        match await self._stored(appending, until_s):
-            case _Stored():
-                self._raise_floor(floor)
-            case _NotStored(message) if answer["success"]:
-                told = answer | {
-                    "success": False, "status": "unavailable", "http_status": 503, "floor_raised": False,
-                    "message": f"every rank has flushed, but {message}",
-                }  # fmt: skip
-                self._book_when_stored(appending, run.request, answer, floor)
-        self._book.end(run.request, told, self._clock.now_s())
-        self._count(told)
-        return told
-
-    def _raise_floor(self, floor: int) -> None:
-        self._state.floor = max(self._state.floor, floor)
-        self._roster.advance(0, self._state.floor)
-
-    async def _stored(self, appending: asyncio.Future[int], until_s: float) -> _Stored | _NotStored:
-        """Wait for a record to be stored. The append goes on when the wait ends."""
-        await asyncio.wait({appending}, timeout=max(0.0, until_s - self._clock.now_s()))
-        if not appending.done():
-            return _NotStored("the control log did not answer in time")
-        try:
-            return _Stored(appending.result())
-        except Superseded as reason:
-            return _NotStored(str(reason))
-        except OSError as error:
-            log.error("the control log cannot be written: %s", error)
-            return _NotStored("the control log cannot be written")
-
-    def _close_when_stored(self, appending: asyncio.Future[int], answer: Answer) -> None:
-        """The intent may be stored yet: then its outcome says that nothing was done."""
-
-        def close(done: asyncio.Future[int]) -> None:
-            if done.exception() is None:
-                _ignore_failure(self._log.append(FlushOutcome(done.result(), 0, answer)))
-
-        appending.add_done_callback(close)
-
-    def _book_when_stored(
-        self, appending: asyncio.Future[int], request: FlushRequest, answer: Answer, floor: int
-    ) -> None:
-        """The outcome may be stored yet: then a repeat of the id reads the success."""
-
-        def book(done: asyncio.Future[int]) -> None:
-            if done.exception() is None:
-                self._raise_floor(floor)
-                self._book.end(request, answer, self._clock.now_s())
-
-        appending.add_done_callback(book)
-
-    def _not_begun(self, run: FlushRun, status: str, message: str) -> Answer:
-        took_ms = (self._clock.now_s() - run.started_s) * 1000
-        answer = flush_answer(
-            run.request, success=False, status=status, message=message, http_status=503, started_at=run.started_at,
-            took_ms=took_ms, untouched_tiers=self._untouched(run.request),
+    def unbegun(self, intent: FlushIntent) -> Answer:
+        """What the log is told of a flush whose intent was thought lost: nobody was told to flush."""
+        return flush_answer(
+            intent.request, success=False, status="unavailable", message="the control log did not answer in time",
+            http_status=503, started_at=intent.started_at, untouched_tiers=self._untouched(intent.request),
         )  # fmt: skip
-        self._count(answer)
-        return answer
+
+    def _begin(self, request: FlushRequest, received_s: float, superseding: str | None) -> asyncio.Future[Answer]:
+        plan = FlushPlan.of(request, self._limits, received_s, self._slack_s)
+        flight = self._flight(plan, FlushRun(request, self._clock.wall_text(), received_s))
+        if superseding is not None:
+            self._yielding[request.flush_id] = superseding
+        flight.begin()
+        return flight.answered
+
+    def _flight(self, plan: FlushPlan, run: FlushRun) -> FlushFlight:
+        machine = FlushMachine(plan, run, self._nodes.book, self._untouched(plan.request))
+        flight = self._flights[plan.request.flush_id] = FlushFlight(machine, self._tools, self)
+        return flight
+
+    def _may_yield(self, flush_id: str) -> bool:
+        flight = self._flights.get(flush_id)
+        return flight is not None and flight.machine.can_give_way
+
+    async def _ending(self, flush_id: str) -> Answer:
+        """The answer of a flush that is under way."""
+        closing = self._closing.get(flush_id)
+        return await asyncio.shield(closing if closing is not None else self._flights[flush_id].answered)
+
+    def _replayed(self, request: FlushRequest, answer: Answer) -> Answer:
+        replayed = answer | {"replayed": True}
+        self._note_flush(request, replayed)
+        return replayed
 
     def _refused(self, request: FlushRequest, refused: Refuse) -> Answer:
         if refused.reason == "conflict":
             message = f"flush_id {request.flush_id!r} was used for a flush with other arguments"
-            return refusal(Conflict(message, "flush_id"))
+            answer = refusal(Conflict(message, "flush_id"))
+            self.note("flush", request.caller, {"flush_id": request.flush_id} | answer)
+            return answer
         answer = flush_answer(
             request, success=False, status="in_progress", message=ALREADY_IN_PROGRESS, http_status=409,
             started_at=self._clock.wall_text(), untouched_tiers=self._untouched(request),
         )  # fmt: skip
-        self._count(answer)
+        self._count(request, answer)
         return answer | {"pending_flush_id": refused.other_id}
+
+    def _tell_all(self, event: Event) -> None:
+        for flight in list(self._flights.values()):
+            flight.handle(event)
+
+    def _advance(self, answer: Answer) -> None:
+        """Routers hear of the newest epoch that some rank has, and of the floor once every rank keeps to it."""
+        has_swapped = any(row["status"] in ("flushed", "fenced") for row in answer["ranks"])
+        self._roster.advance(answer["epoch"] if has_swapped else 0, self._log.state.promised)
 
     def _untouched(self, request: FlushRequest) -> list[str]:
         return [tier for tier in self._limits.tiers if tier not in request.tiers]
 
-    def _count(self, answer: Answer) -> None:
+    def _count(self, request: FlushRequest, answer: Answer) -> None:
         self._metrics.flush_ended(answer)
-        if answer["success"]:
+        self._note_flush(request, answer)
+        if answer["success"] and not answer["dry_run"]:
             self._flushed_s = self._clock.now_s()
 
-    def _pending_as_plain(self, flush_id: str) -> dict[str, Any] | None:
-        run = self._run
-        if run is None or run.request.flush_id != flush_id:
-            return None
-        request = run.request
+    def _note_flush(self, request: FlushRequest, answer: Answer) -> None:
+        rows = [[row["rank"], row["incarnation"], row["status"]] for row in answer["ranks"]]
+        facts = {key: answer[key] for key in _AUDITED} | {"timeout_s": request.timeout_s, "scope": _shown(request)}
+        self.note("flush", request.caller, facts | {"ranks": rows})
+
+    def _note_refused(self, call: str, arguments: Mapping[str, object], answer: Mapping[str, Any]) -> None:
+        shown = {str(name)[:_MAX_SHOWN]: repr(value)[:_MAX_SHOWN] for name, value in list(arguments.items())[:16]}
+        self.note(call, "", {"arguments": shown} | answer)
+
+    def _under_way(self, flush_id: str) -> dict[str, Any] | None:
+        flight = self._flights.get(flush_id)
+        if flight is None:
+            return {"flush_id": flush_id, "status": "pending"} if flush_id in self._closing else None
+        request, run = flight.request, flight.machine.run
         return {
-            "flush_id": request.flush_id, "status": "pending", "mode": request.mode, "timeout_s": request.timeout_s,
-            "caller": request.caller, "epoch": run.epoch, "started_at": run.started_at, "waiting_for": run.waiting_for,
+            "flush_id": flush_id, "status": "pending", "mode": request.mode, "timeout_s": request.timeout_s,
+            "caller": request.caller, "epoch": run.epoch, "floor_raised": run.is_floor_raised,
+            "started_at": run.started_at, "superseded_by": run.superseded_by, "waiting_for": run.waiting_for,
         }  # fmt: skip
 
     # --- after a restart --------------------------------------------------------------------------------------------
 
     def _restore(self) -> None:
         """Answers of the log, readable again; those of another boot have no age and are never replayed."""
-        for flush in self._state.ended.values():
+        for flush in self._log.state.ended.values():
             is_this_boot = flush.boot_id == self._clock.boot_id
             self._book.end(flush.request, flush.answer, flush.boot_s if is_this_boot else float("-inf"))
 
-    def close_interrupted(self) -> None:
-        """Begin to end the flushes that an earlier controller left open: each rank says what it did, or never will."""
-        interrupted = sorted(self._state.open_flushes.items())
-        self._state.open_flushes.clear()
-        if interrupted:
-            self._book.pending = interrupted[-1][1].request
-            self._running = asyncio.create_task(self._close_all(interrupted), name="close-interrupted")
+    def end_interrupted(self) -> None:
+        """Begin to end the flushes that an earlier controller left open.
 
-    async def _close_all(self, interrupted: list[tuple[int, FlushIntent]]) -> Answer:
-        answer: Answer = {}
-        for index, intent in interrupted:
-            run = self._run = interrupted_run(index, intent, self._state.past, self._roster, self._clock.now_s())
-            try:
-                await ask_what_became(run, self._roster, self._state.term)
-                until_s = self._clock.now_s() + _CLOSE_STORE_S
-                answer = await self._end(run, index, until_s, "interrupted by a restart of the controller: ")
-            finally:
-                self._run = None
-                self._book.drop(intent.request)
+        One whose floor is raised is finished: it cannot be taken back. Of the others each rank says what it did, or
+        never will.
+        """
+        for index, intent in sorted(self._log.state.open_flushes.items()):
+            self._book.take(intent.request)
+            plan = FlushPlan.of(intent.request, self._limits, self._clock.now_s(), self._slack_s)
+            run = FlushRun(intent.request, intent.started_at, self._clock.now_s())
+            run.epoch = index if plan.takes_epoch else 0
+            interrupted_rows(run, index, intent, self._log.state, self._roster)
+            if plan.raises_floor_first:
+                self._flight(plan, run).resume(index)
+                continue
+            run.sub_epoch = index if plan.takes_sub_epoch else 0
+            run.takes_epoch = plan.takes_epoch
+            closing = asyncio.create_task(self._close_one(index, intent, run), name=f"close-{intent.request.flush_id}")
+            self._closing[intent.request.flush_id] = closing
+
+    async def _close_one(self, index: int, intent: FlushIntent, run: FlushRun) -> Answer:
+        await ask_what_became(run, self._roster, self._log.state.term)
+        note = "interrupted by a restart of the controller: "
+        answer = run.close(self._clock.now_s(), self._untouched(intent.request), note)
+        floor = run.epoch if answer["floor_raised"] else 0
+        stored = await self._log.append(FlushOutcome(index, floor, answer))
+        del self._closing[intent.request.flush_id]
+        if not isinstance(stored, Stored):
+            self._book.drop(intent.request)
+            return answer | {"success": False, "status": "unavailable", "message": stored.message, "http_status": 503}
+        self._book.end(intent.request, answer, self._clock.now_s())
+        self._advance(answer)
+        self._count(intent.request, answer)
         return answer
 
 
-def _ignore_failure(future: Awaitable[int]) -> None:
-    """Its failure is logged by nobody on purpose: the next append of a flush tells it."""
-    asyncio.ensure_future(future).add_done_callback(lambda done: done.cancelled() or done.exception())
+def _shown(request: FlushRequest) -> str | None:
+    """A scope in few words."""
+    return None if request.scope is None else repr(request.scope)[:_MAX_SHOWN]

@@ -7,11 +7,9 @@ heard of it will not take it from a message that was under way (protocol.md sect
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 
 from actors.flush_run import FlushRun
-from actors.log_records import FlushIntent
-from actors.messages import RankRecord
+from actors.log_records import FlushIntent, LogState
 from actors.ray_errors import Answered, CallFailed, outcome_within
 from actors.roster import Roster
 
@@ -19,26 +17,16 @@ from actors.roster import Roster
 _ASK_TIMEOUT_S = 2.0
 
 
-def interrupted_run(
-    index: int, intent: FlushIntent, past: Mapping[str, RankRecord], roster: Roster, now_s: float
-) -> FlushRun:
-    """The run of an intent found in the log, with a row for each incarnation it names."""
-    run = FlushRun(intent.request, intent.started_at, now_s)
-    run.takes_epoch = intent.takes_epoch
-    run.epoch = index if intent.takes_epoch else 0
-    run.is_begun = True
+def interrupted_rows(run: FlushRun, index: int, intent: FlushIntent, state: LogState, roster: Roster) -> None:
+    """Give the run of an intent found in the log, as record `index`, a row for each incarnation that it concerns."""
     for incarnation in intent.members:
-        present = roster.book.record(incarnation)
-        if present is not None:
-            run.expect(present)
-        elif incarnation in past:
-            run.expect(past[incarnation])
+        if incarnation in state.past:
+            run.expect(state.past[incarnation])
             run.gone(incarnation)
     for record in roster.records():
-        if not run.has(record.incarnation):
-            # it registered after the intent was stored, and was told its epoch
-            (run.joined if record.is_empty else run.expect)(record)
-    return run
+        # Its record is written right before it is told the newest epoch, so behind the intent it was told this one.
+        is_newer = record.is_empty and state.joined_at.get(record.incarnation, 0) > index
+        (run.joined if is_newer else run.expect)(record)
 
 
 async def ask_what_became(run: FlushRun, roster: Roster, term: int) -> None:

@@ -96,6 +96,13 @@ def seconds(value: object, param: str, maximum: float) -> float:
     return float(value)
 
 
+def whole_number(value: object, param: str, maximum: int) -> int:
+    """`value` as an integer in [1, maximum]. Raises InvalidField for anything else, booleans included."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= maximum:
+        raise InvalidField(f"{param} must be a whole number between 1 and {maximum}, got {_shown(value)}", param)
+    return value
+
+
 def flag(value: object, param: str) -> bool:
     """`value` if it is a boolean. Raises InvalidField."""
     if not isinstance(value, bool):

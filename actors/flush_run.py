@@ -12,7 +12,7 @@ from typing import Any
 
 from actors.flush_request import FlushRequest
 from actors.messages import RankRecord
-from engine.flush import GOOD_VERDICTS, FlushVerdict
+from engine.flush import GOOD_VERDICTS, FlushVerdict, Verdict
 
 Answer = dict[str, Any]
 
@@ -24,9 +24,8 @@ _FAILURES = {
     "superseded": 409,
     "busy": 409,
     "refused": 409,
-    # only possible beside a mode they do not suffice for
+    # only possible in a flush for which it does not suffice
     "fenced": 503,
-    "expired": 503,
 }
 _LIVING = frozenset({"flushed", "fenced", "joined"})
 
@@ -51,34 +50,61 @@ class FlushRun:
         self.started_at = started_at
         #: by the controller's clock
         self.started_s = started_s
-        #: epoch the ranks swap to; 0 until it is stored
+        #: epoch the ranks swap to; 0 until it is stored, and if the flush takes none
         self.epoch = 0
-        #: the flush allotted an epoch of its own
+        #: of a scoped flush; 0 until it is stored, and without a scope
+        self.sub_epoch = 0
+        #: the floor is raised, or will be by every node that has a lease again
+        self.is_floor_raised = False
+        #: the flush allots an epoch; its success raises the floor
         self.takes_epoch = False
-        #: the intent is stored and ranks are told
-        self.is_begun = False
+        #: the other flush to which this one gave way
+        self.superseded_by: str | None = None
+        self.is_cancelled = False
         self._rows: dict[str, _Row] = {}
+        self._num_open = 0
         self._is_closed = False
         #: rows of verdicts that came after the answer
         self.late: list[dict[str, Any]] = []
 
     @property
+    def records(self) -> list[RankRecord]:
+        """Of every incarnation that has a row."""
+        return [row.record for row in self._rows.values()]
+
+    @property
+    def open_records(self) -> list[RankRecord]:
+        """Of the incarnations that still owe a verdict."""
+        return [row.record for row in self._rows.values() if row.verdict is None] if self._num_open else []
+
+    @property
     def waiting_for(self) -> list[str]:
         """Incarnations that still owe a verdict."""
-        return [name for name, row in self._rows.items() if row.verdict is None]
+        return [record.incarnation for record in self.open_records]
 
     @property
     def is_settled(self) -> bool:
         """Nobody owes a verdict any more."""
-        return not self.waiting_for
+        return self._num_open == 0
+
+    @property
+    def is_closed(self) -> bool:
+        """The answer is fixed."""
+        return self._is_closed
 
     def has(self, incarnation: str) -> bool:
         return incarnation in self._rows
 
     def expect(self, record: RankRecord) -> None:
-        """This incarnation owes a verdict; no effect if it has its row already."""
-        if not self._is_closed:
-            self._rows.setdefault(record.incarnation, _Row(record))
+        """This incarnation owes a verdict. If it has its row already, only what it says of itself is renewed."""
+        if self._is_closed:
+            return
+        row = self._rows.get(record.incarnation)
+        if row is not None:
+            row.record = record
+            return
+        self._rows[record.incarnation] = _Row(record)
+        self._num_open += 1
 
     def joined(self, record: RankRecord) -> None:
         """It registered while the flush ran, empty, and was told the flush's epoch: it cannot hold older KV."""
@@ -93,7 +119,7 @@ class FlushRun:
         if self._is_closed:
             self.late.append(_plain_row(row.record, verdict))
         elif row.verdict is None:
-            row.verdict = verdict
+            self._settle(row, verdict)
 
     def failed(self, incarnation: str, message: str, is_final: bool) -> None:
         """The call brought no verdict. Unless final the row stays open: the proof that the process is gone, or a
@@ -103,7 +129,7 @@ class FlushRun:
             return
         row.failure = message
         if is_final:
-            row.verdict = self._verdict("unreachable", message)
+            self._settle(row, self._verdict("unreachable", message))
 
     def gone(self, incarnation: str) -> None:
         """Its process is proven gone, and with it all KV it held."""
@@ -112,7 +138,15 @@ class FlushRun:
             return
         row.is_gone = True
         if row.verdict is None or row.verdict.status == "unreachable":
-            row.verdict = self._verdict("gone", "its process has ended")
+            self._settle(row, self._verdict("gone", "its process has ended"))
+
+    def stand_in(self, incarnation: str, status: Verdict, message: str) -> None:
+        """What the controller itself says of a rank that did not flush, or has not answered."""
+        self._settle(self._rows[incarnation], self._verdict(status, message))
+
+    def unsatisfied(self) -> list[tuple[RankRecord, str]]:
+        """The ranks with no good verdict, each with why its call failed ("" if it did not)."""
+        return [(row.record, row.failure) for row in self._in_order() if not self._is_good(row)]
 
     def close(self, now_s: float, untouched_tiers: Iterable[str], note: str = "") -> Answer:
         """Fix the answer: who still owes a verdict is unreachable.
@@ -121,7 +155,7 @@ class FlushRun:
         """
         for row in self._rows.values():
             if row.verdict is None:
-                row.verdict = self._verdict("unreachable", row.failure or "no answer by the deadline")
+                self._settle(row, self._verdict("unreachable", row.failure or "no answer by the deadline"))
         self._is_closed = True
         status, message, http_status = self._summary()
         success = status == "flushed"
@@ -132,21 +166,31 @@ class FlushRun:
             message=message if success else note + message,
             http_status=http_status,
             epoch=self.epoch,
-            floor_raised=success and self.takes_epoch,
+            sub_epoch=self.sub_epoch,
+            floor_raised=self.is_floor_raised or (success and self.takes_epoch),
+            superseded_by=self.superseded_by,
             started_at=self.started_at,
             took_ms=(now_s - self.started_s) * 1000,
             ranks=[_plain_row(row.record, row.verdict) for row in self._in_order() if row.verdict is not None],
             untouched_tiers=list(untouched_tiers),
         )
 
+    def _settle(self, row: _Row, verdict: FlushVerdict) -> None:
+        self._num_open -= row.verdict is None
+        row.verdict = verdict
+
     def _summary(self) -> tuple[str, str, int]:
         """Status, message and HTTP code of the whole."""
         bad = [row for row in self._in_order() if not self._is_good(row)]
+        if bad and self.is_cancelled:
+            return "cancelled", "cancelled before every rank had flushed", 409
         if bad:
             statuses = {row.verdict.status for row in bad if row.verdict is not None}
             worst = next(status for status in _FAILURES if status in statuses)
             return worst, self._complaint(bad), _FAILURES[worst]
         if not any(self._lives(row) for row in self._rows.values()):
+            if any(row.verdict is not None and row.verdict.status == "expired" for row in self._rows.values()):
+                return "expired", "no rank can be reached: their nodes are out of lease and serve uncached", 503
             return "no_ranks", "no rank is left: nothing was flushed because nothing serves", 503
         return "flushed", "Cache flushed.", 200
 
@@ -168,8 +212,9 @@ class FlushRun:
     def _in_order(self) -> list[_Row]:
         return sorted(self._rows.values(), key=lambda row: row.record.rank)
 
-    def _verdict(self, status: Any, message: str) -> FlushVerdict:
-        return FlushVerdict(self.request.flush_id, status, message, epoch=self.epoch if status == "joined" else 0)
+    def _verdict(self, status: Verdict, message: str) -> FlushVerdict:
+        epoch = self.epoch if status in ("joined", "fenced") else 0
+        return FlushVerdict(self.request.flush_id, status, message, epoch=epoch)
 
 
 def flush_answer(
@@ -180,7 +225,9 @@ def flush_answer(
     message: str,
     http_status: int,
     epoch: int = 0,
+    sub_epoch: int = 0,
     floor_raised: bool = False,
+    superseded_by: str | None = None,
     started_at: str = "",
     took_ms: float = 0.0,
     ranks: list[dict[str, Any]] | None = None,
@@ -194,10 +241,12 @@ def flush_answer(
         "message": message,
         "http_status": http_status,
         "epoch": epoch,
+        "sub_epoch": sub_epoch,
         "mode": request.mode,
         "tiers": list(request.tiers),
         "dry_run": request.dry_run,
         "floor_raised": floor_raised,
+        "superseded_by": superseded_by,
         "replayed": False,
         "started_at": started_at,
         "took_ms": round(took_ms, 3),

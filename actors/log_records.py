@@ -6,13 +6,13 @@ twice in a lineage (protocol.md section 4). Index 1 is the first: epoch 0 and te
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
 
-from actors.flush_request import FlushRequest
-from actors.messages import RankRecord
+from actors.flush_request import FLOOR_FIRST_MODES, FlushRequest
+from actors.messages import RankRecord, SubEpoch
 
 
 class TakeOver(msgspec.Struct, frozen=True, tag="take_over"):
@@ -24,6 +24,8 @@ class TakeOver(msgspec.Struct, frozen=True, tag="take_over"):
     actor_id: str
     #: Ray's name of the cluster; ranks of an earlier cluster can be reached by nobody any more
     cluster: str
+    #: this controller's lease time: a later one must know how long the leases of this one can last
+    lease_s: float = 0.0
 
 
 class RankJoined(msgspec.Struct, frozen=True, tag="rank_joined"):
@@ -39,7 +41,8 @@ class RankLeft(msgspec.Struct, frozen=True, tag="rank_left"):
 
 
 class FlushIntent(msgspec.Struct, frozen=True, tag="flush_intent"):
-    """A flush is going to be told to ranks. If it takes an epoch, the epoch is this record's index."""
+    """A flush is going to be told to ranks. If it takes an epoch, the epoch is this record's index, and so is the
+    sub-epoch of a scoped one. In the modes that raise the floor first this record raises it."""
 
     request: FlushRequest
     takes_epoch: bool
@@ -50,7 +53,7 @@ class FlushIntent(msgspec.Struct, frozen=True, tag="flush_intent"):
 
 
 class FlushOutcome(msgspec.Struct, frozen=True, tag="flush_outcome"):
-    """The answer of a flush, stored before it is given."""
+    """The answer of a flush, stored before it is given. The floor of `wait` and `drain` rises with it."""
 
     #: index of its intent
     intent: int
@@ -59,7 +62,144 @@ class FlushOutcome(msgspec.Struct, frozen=True, tag="flush_outcome"):
     answer: dict[str, Any]
 
 
-Record = TakeOver | RankJoined | RankLeft | FlushIntent | FlushOutcome
+@dataclass(slots=True)
+class EndedFlush:
+    """A flush of the log with its answer, and when that was stored."""
+
+    request: FlushRequest
+    answer: dict[str, Any]
+    boot_id: str
+    boot_s: float
+
+
+# 4096 sub-epochs are about 400 kB of a checkpoint; keys of the host tier look theirs up by scope.
+_MAX_SUB_EPOCHS = 4096
+# 512 answers of 8 ranks are about 1 MB of a checkpoint; the controller's memory holds more of them.
+_MAX_ENDED = 512
+
+
+@dataclass(slots=True)
+class LogState:
+    """Everything the log says, folded record by record."""
+
+    #: "" before the first record
+    lineage: str = ""
+    #: index of the newest take-over
+    term: int = 0
+    #: newest epoch allotted
+    epoch: int = 0
+    #: lowest epoch that may be matched; never falls
+    floor: int = 0
+    #: highest floor of a flush that succeeded: no answer may use less any more
+    promised: int = 0
+    #: longest lease time that any controller of this lineage gave
+    longest_lease_s: float = 0.0
+    #: incarnations of this cluster that are not proven gone, in order of registration
+    members: dict[str, RankRecord] = field(default_factory=dict)
+    #: incarnation -> index of the record by which it joined
+    joined_at: dict[str, int] = field(default_factory=dict)
+    #: incarnations that are gone and that an open flush still names
+    past: dict[str, RankRecord] = field(default_factory=dict)
+    #: index -> flush that was begun and has no outcome
+    open_flushes: dict[int, FlushIntent] = field(default_factory=dict)
+    #: flush id -> newest ended flush of that id, oldest first, bounded
+    ended: dict[str, EndedFlush] = field(default_factory=dict)
+    #: of scoped flushes, oldest first, bounded; those not above the floor are no longer needed
+    sub_epochs: list[SubEpoch] = field(default_factory=list)
+    #: how often the newest controller actor took over before: its restarts
+    num_restarts: int = 0
+    #: of the newest take-over
+    actor_id: str = ""
+    cluster: str = ""
+
+    def apply(self, index: int, entry: Entry) -> None:
+        """Fold in the record with the next index."""
+        match entry.record:
+            case TakeOver() as take_over:
+                self._take_over(index, take_over)
+            case RankJoined(rank=rank):
+                self.members[rank.incarnation] = rank
+                self.joined_at.setdefault(rank.incarnation, index)
+            case RankLeft(incarnation=incarnation):
+                self._leave(incarnation)
+            case FlushIntent() as intent:
+                self._begin(index, intent)
+            case FlushOutcome() as outcome:
+                self._end(outcome, entry)
+            case Checkpoint():
+                """It says what is folded in already."""
+
+    def copy(self) -> LogState:
+        """As it stands; later records change only one of the two. Records and answers themselves never change."""
+        return replace(
+            self,
+            members=dict(self.members),
+            joined_at=dict(self.joined_at),
+            past=dict(self.past),
+            open_flushes=dict(self.open_flushes),
+            ended=dict(self.ended),
+            sub_epochs=list(self.sub_epochs),
+        )
+
+    def _take_over(self, index: int, record: TakeOver) -> None:
+        self.lineage, self.term = record.lineage, index
+        self.longest_lease_s = max(self.longest_lease_s, record.lease_s)
+        self.num_restarts = self.num_restarts + 1 if record.actor_id == self.actor_id else 0
+        self.actor_id = record.actor_id
+        if record.cluster != self.cluster:
+            for incarnation in list(self.members):
+                self._leave(incarnation)
+            self.cluster = record.cluster
+
+    def _leave(self, incarnation: str) -> None:
+        record = self.members.pop(incarnation, None)
+        self.joined_at.pop(incarnation, None)
+        if record is not None and self.open_flushes:
+            self.past[incarnation] = record
+
+    def _begin(self, index: int, intent: FlushIntent) -> None:
+        self.open_flushes[index] = intent
+        if intent.takes_epoch:
+            self.epoch = index
+            if intent.request.mode in FLOOR_FIRST_MODES:
+                self._raise_floor(index)
+        elif intent.request.scope is not None:
+            self._add_sub_epoch(SubEpoch(intent.request.scope, index))
+
+    def _end(self, outcome: FlushOutcome, entry: Entry) -> None:
+        self._raise_floor(outcome.floor)
+        if outcome.answer["success"]:
+            self.promised = max(self.promised, outcome.floor)
+        intent = self.open_flushes.pop(outcome.intent, None)
+        if intent is not None:
+            self.ended.pop(intent.request.flush_id, None)
+            ended = EndedFlush(intent.request, outcome.answer, entry.boot_id, entry.boot_s)
+            self.ended[intent.request.flush_id] = ended
+        if len(self.ended) > _MAX_ENDED:
+            del self.ended[next(iter(self.ended))]
+        if not self.open_flushes:
+            self.past.clear()
+
+    def _raise_floor(self, floor: int) -> None:
+        self.floor = max(self.floor, floor)
+        self.sub_epochs = [sub_epoch for sub_epoch in self.sub_epochs if sub_epoch.index > self.floor]
+
+    def _add_sub_epoch(self, newest: SubEpoch) -> None:
+        others = [sub_epoch for sub_epoch in self.sub_epochs if sub_epoch.scope != newest.scope]
+        if len(others) >= _MAX_SUB_EPOCHS:
+            # One that covers everything stands for the older half: more is dropped than was asked for, never less.
+            older, others = others[: _MAX_SUB_EPOCHS // 2], others[_MAX_SUB_EPOCHS // 2 :]
+            others = [SubEpoch(None, older[-1].index), *others]
+        self.sub_epochs = [*others, newest]
+
+
+class Checkpoint(msgspec.Struct, frozen=True, tag="checkpoint"):
+    """Everything that the log said before this record. Older records may be removed some time after it."""
+
+    state: LogState
+
+
+Record = TakeOver | RankJoined | RankLeft | FlushIntent | FlushOutcome | Checkpoint
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -84,75 +224,3 @@ def encode_entry(entry: Entry) -> bytes:
 def decode_entry(data: bytes) -> Entry:
     """Raises msgspec.DecodeError (ValidationError included) on what is no record of this version."""
     return _decoder.decode(data)
-
-
-@dataclass(slots=True)
-class EndedFlush:
-    """A flush of the log with its answer, and when that was stored."""
-
-    request: FlushRequest
-    answer: dict[str, Any]
-    boot_id: str
-    boot_s: float
-
-
-@dataclass(slots=True)
-class LogState:
-    """Everything the log says, folded record by record."""
-
-    #: "" before the first record
-    lineage: str = ""
-    #: index of the newest take-over
-    term: int = 0
-    #: newest epoch allotted
-    epoch: int = 0
-    #: lowest epoch that may be matched; never falls
-    floor: int = 0
-    #: incarnations of this cluster that are not proven gone, in order of registration
-    members: dict[str, RankRecord] = field(default_factory=dict)
-    #: incarnations of this log that are gone; flushes that were cut short still name them
-    past: dict[str, RankRecord] = field(default_factory=dict)
-    #: index -> flush that was begun and has no outcome
-    open_flushes: dict[int, FlushIntent] = field(default_factory=dict)
-    #: flush id -> newest ended flush of that id
-    ended: dict[str, EndedFlush] = field(default_factory=dict)
-    #: how often the newest controller actor took over before: its restarts
-    num_restarts: int = 0
-    _actor_id: str = ""
-    _cluster: str = ""
-
-    def apply(self, index: int, entry: Entry) -> None:
-        """Fold in the record with the next index."""
-        match entry.record:
-            case TakeOver() as take_over:
-                self._take_over(index, take_over)
-            case RankJoined(rank=rank):
-                self.members[rank.incarnation] = rank
-            case RankLeft(incarnation=incarnation):
-                self._leave(incarnation)
-            case FlushIntent() as intent:
-                self.epoch = index if intent.takes_epoch else self.epoch
-                self.open_flushes[index] = intent
-            case FlushOutcome() as outcome:
-                self._end(outcome, entry)
-
-    def _take_over(self, index: int, record: TakeOver) -> None:
-        self.lineage, self.term = record.lineage, index
-        self.num_restarts = self.num_restarts + 1 if record.actor_id == self._actor_id else 0
-        self._actor_id = record.actor_id
-        if record.cluster != self._cluster:
-            for incarnation in list(self.members):
-                self._leave(incarnation)
-            self._cluster = record.cluster
-
-    def _leave(self, incarnation: str) -> None:
-        record = self.members.pop(incarnation, None)
-        if record is not None:
-            self.past[incarnation] = record
-
-    def _end(self, outcome: FlushOutcome, entry: Entry) -> None:
-        self.floor = max(self.floor, outcome.floor)
-        intent = self.open_flushes.pop(outcome.intent, None)
-        if intent is not None:
-            ended = EndedFlush(intent.request, outcome.answer, entry.boot_id, entry.boot_s)
-            self.ended[intent.request.flush_id] = ended

@@ -4,35 +4,50 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
-from actors.control_log import ControlLog, Superseded
-from actors.log_records import LogState, Record
+from actors.control_log import ControlLog, TakenOver, Written
+from actors.log_records import Record
+
+
+class LogWriter(Protocol):
+    """What the keeper of a log asks of it. The futures fail with Superseded or OSError, see ControlLog."""
+
+    def take_over(self, actor_id: str, cluster: str, lease_s: float) -> asyncio.Future[TakenOver]: ...
+
+    def append(self, record: Record) -> asyncio.Future[Written]:
+        """Appends are carried out in the order of the calls, whether or not anybody waits for them."""
+        ...
+
+    def check(self) -> asyncio.Future[None]: ...
+
+    def remove_below(self, index: int) -> asyncio.Future[None]: ...
+
+    def close(self) -> None: ...
 
 
 class LogThread:
-    """Appends records one after the other. Knows when another controller has taken over."""
+    """Does everything to the log one after the other."""
 
     def __init__(self, log: ControlLog) -> None:
         self._log = log
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="control-log")
-        #: set for good at the first record of another controller
-        self.superseded: Superseded | None = None
 
-    async def take_over(self, actor_id: str, cluster: str) -> LogState:
-        """Read the log and write this controller's own record; see ControlLog.take_over."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._log.take_over, actor_id, cluster)
+    def take_over(self, actor_id: str, cluster: str, lease_s: float) -> asyncio.Future[TakenOver]:
+        return self._loop().run_in_executor(self._thread, self._log.take_over, actor_id, cluster, lease_s)
 
-    def append(self, record: Record) -> asyncio.Future[int]:
-        """Store a record; the future holds its index. It is stored, or fails, whether or not anybody waits."""
-        return asyncio.get_running_loop().run_in_executor(self._thread, self._append, record)
+    def append(self, record: Record) -> asyncio.Future[Written]:
+        return self._loop().run_in_executor(self._thread, self._log.append, record)
+
+    def check(self) -> asyncio.Future[None]:
+        return self._loop().run_in_executor(self._thread, self._log.check)
+
+    def remove_below(self, index: int) -> asyncio.Future[None]:
+        return self._loop().run_in_executor(self._thread, self._log.remove_below, index)
 
     def close(self) -> None:
-        """Take no more records; what was handed in is still written."""
+        """Take nothing more; what was handed in is still done."""
         self._thread.shutdown(wait=False)
 
-    def _append(self, record: Record) -> int:
-        try:
-            return self._log.append(record)
-        except Superseded as reason:
-            self.superseded = reason
-            raise
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()

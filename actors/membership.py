@@ -27,18 +27,29 @@ class MembershipBook:
         self.floor = floor
         self._records: dict[str, RankRecord] = {}
         self._states: dict[str, MemberState] = {}
+        #: incarnations whose first registration has not been answered: they hold nothing and serve nobody
+        self._joining: set[str] = set()
 
     def register(self, record: RankRecord) -> bool:
         """Add an incarnation, take what it says anew (another rank number), and that it answers.
 
         True if the record is news, to be stored.
         """
-        is_news = self._records.get(record.incarnation) != record
+        known = self._records.get(record.incarnation)
+        if known is None and record.is_empty:
+            self._joining.add(record.incarnation)
+        is_news = known != record
         if is_news or self._states[record.incarnation] == "lost":
             self.version += 1
         self._records[record.incarnation] = record
         self._states[record.incarnation] = "serving"
         return is_news
+
+    def answered(self, incarnation: str) -> None:
+        """Its registration is being answered: with what it is told it will take requests."""
+        if incarnation in self._joining:
+            self._joining.discard(incarnation)
+            self.version += 1
 
     def restore(self, record: RankRecord) -> None:
         """Add an incarnation that the log names; lost until it has answered this controller."""
@@ -56,6 +67,7 @@ class MembershipBook:
     def gone(self, incarnation: str) -> RankRecord | None:
         """Its process is proven gone: strike it from the book. None if it was not there."""
         record = self._records.pop(incarnation, None)
+        self._joining.discard(incarnation)
         if record is not None and self._states.pop(incarnation) == "serving":
             self.version += 1
         return record
@@ -74,14 +86,21 @@ class MembershipBook:
         """All incarnations in the book, by rank, then in order of registration."""
         return sorted(self._records.values(), key=lambda record: record.rank)
 
+    def is_joining(self, incarnation: str) -> bool:
+        """It holds nothing yet, and will be told the newest epoch before it serves."""
+        return incarnation in self._joining
+
     def state(self, incarnation: str) -> MemberState:
         """KeyError if it is not in the book."""
         return self._states[incarnation]
 
     def view(self) -> Membership:
         """What routers see: the incarnations that take requests."""
-        serving = (record for record in self.records() if self._states[record.incarnation] == "serving")
+        serving = (record for record in self.records() if self._takes_requests(record.incarnation))
         return Membership(self.version, self.epoch, self.floor, tuple(_members(serving)))
+
+    def _takes_requests(self, incarnation: str) -> bool:
+        return self._states[incarnation] == "serving" and incarnation not in self._joining
 
     def _move(self, incarnation: str, to: MemberState) -> bool:
         if self._states.get(incarnation, to) == to:

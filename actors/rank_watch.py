@@ -1,6 +1,7 @@
-"""One eye on each incarnation: a call that never returns, and a pidfd where the rank runs on the controller's node.
+"""Two eyes on each incarnation: a call that never returns, and the kernel of its node.
 
-The call's failure means that Ray lost the actor (11 ms after SIGKILL); only the pidfd means that its process is gone.
+The call's failure means that Ray lost the actor (11 ms after SIGKILL); only the kernel's word means that its process is
+gone.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from actors.end_proofs import EndProof, pause
 from actors.messages import RankRecord
-from actors.process_proof import ProcessProof
 from actors.ray_errors import Answered, CallFailed, outcome_of, outcome_within
 
 # A rank that Ray cannot reach is asked again this often; the answer costs one call.
@@ -31,40 +32,31 @@ class WatchEvents:
 class RankWatch:
     """Follows one incarnation until its process is proven gone or `stop` is called."""
 
-    def __init__(self, record: RankRecord, handle: Any, proof: ProcessProof | None, events: WatchEvents) -> None:
-        """handle: its actor, None if Ray knows none. proof: None for a rank of another node."""
+    def __init__(self, record: RankRecord, handle: Any, proof: EndProof, events: WatchEvents) -> None:
+        """handle: its actor, None if Ray knows none."""
         self.record = record
         self.handle = handle
         self._proof = proof
         self._events = events
-        self._stopped = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
-
-    @property
-    def can_prove(self) -> bool:
-        """The end of its process would be noticed for certain."""
-        return self._proof is not None
+        self._tasks: list[asyncio.Task[None]] = []
 
     def start(self, is_answering: bool) -> None:
         """Begin. is_answering: it has just registered; otherwise it is asked for a sign of life first."""
-        pidfd = self._proof.fileno() if self._proof is not None else None
-        if pidfd is not None:
-            asyncio.get_running_loop().add_reader(pidfd, self._end)
-        self._task = asyncio.create_task(self._follow(is_answering), name=f"watch-{self.record.incarnation}")
+        name = f"watch-{self.record.incarnation}"
+        self._tasks = [
+            asyncio.create_task(self._follow(is_answering), name=name),
+            asyncio.create_task(self._until_gone(), name=name),
+        ]
 
     def stop(self) -> None:
         """Stop following; no event comes after this."""
-        self._stopped.set()
-        if self._task is not None:
-            self._task.cancel()
-        if self._proof is not None:
-            pidfd = self._proof.fileno()
-            if pidfd is not None:
-                asyncio.get_running_loop().remove_reader(pidfd)
-            self._proof.close()
-            self._proof = None
+        for task in self._tasks:
+            task.cancel()
+        self._proof.close()
 
-    def _end(self) -> None:
+    async def _until_gone(self) -> None:
+        await self._proof.until_gone()
+        self._tasks.pop()  # itself, which must not be cancelled before the event is told
         self.stop()
         self._events.gone(self.record.incarnation)
 
@@ -77,26 +69,8 @@ class RankWatch:
                 self._events.lost(self.record.incarnation)
                 can_return = not (isinstance(outcome, CallFailed) and outcome.kind == "died")
             is_answering = False
-            if self._is_proven_gone():
-                return self._end()
-            await self._pause()
-        await self._until_gone()
+            await pause(_RETRY_S)
 
     async def _says_hello(self) -> bool:
         hello = await outcome_within(self.handle.hello.remote(), _HELLO_TIMEOUT_S)
         return isinstance(hello, Answered) and hello.value["incarnation"] == self.record.incarnation
-
-    async def _until_gone(self) -> None:
-        """Ray will not reach it again. A pidfd tells the end by itself; without one /proc is asked now and then."""
-        while self._proof is not None and self._proof.fileno() is None:
-            if self._proof.is_gone():
-                return self._end()
-            await self._pause()
-
-    def _is_proven_gone(self) -> bool:
-        return self._proof is not None and self._proof.is_gone()
-
-    async def _pause(self) -> None:
-        waiting = asyncio.ensure_future(self._stopped.wait())
-        await asyncio.wait({waiting}, timeout=_RETRY_S)
-        waiting.cancel()

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
+from actors.end_proofs import EndProof
 from actors.membership import MembershipBook
 from actors.messages import Membership, RankRecord
-from actors.process_proof import ProcessProof
 from actors.rank_watch import RankWatch, WatchEvents
 from actors.ray_errors import Answered, CallFailed, outcome_within
 from configs.errors import RankLost
 
 log = logging.getLogger(__name__)
+
+#: a call under way, or why there is none
+Call: TypeAlias = Awaitable[Any] | CallFailed
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +32,12 @@ class RankAnswer:
 class Roster:
     """Lives on one asyncio loop."""
 
-    def __init__(self, book: MembershipBook, node_id: str, on_gone: Callable[[RankRecord], None]) -> None:
-        """node_id: of this process; only there can the end of a rank's process be proven."""
+    def __init__(
+        self, book: MembershipBook, prove: Callable[[RankRecord], EndProof], on_gone: Callable[[RankRecord], None]
+    ) -> None:
+        """prove: eye on the process of a record; raises RankLost if it is known not to run."""
         self.book = book
-        self._node_id = node_id
+        self._prove = prove
         self._on_gone = on_gone
         self._watches: dict[str, RankWatch] = {}
         self._changed = asyncio.Event()
@@ -41,18 +46,31 @@ class Roster:
     def admit(self, record: RankRecord, handle: Any) -> bool:
         """Add an incarnation that has just registered and begin to watch it; again with a newer handle, if repeated.
 
-        True if its record is news. Raises RankLost if it says to run on this node and no such process runs here.
+        True if its record is news. Raises RankLost if its process is known not to run.
         """
-        proof = self._proof(record)
+        proof = self._prove(record)
         is_news = self.book.register(record)
         self._watch(record, handle, proof, is_answering=True)
         self._wake()
         return is_news
 
+    def renew(self, record: RankRecord) -> bool:
+        """Take what an incarnation says of itself anew. True if that is news."""
+        if self.book.record(record.incarnation) is None:
+            return False
+        is_news = self.book.register(record)
+        self._wake()
+        return is_news
+
+    def answered(self, incarnation: str) -> None:
+        """Its registration is being answered: it will take requests, with what it is told."""
+        self.book.answered(incarnation)
+        self._wake()
+
     def restore(self, record: RankRecord, handle: Any) -> bool:
         """Add an incarnation that the log names. False if its process has ended meanwhile."""
         try:
-            proof = self._proof(record)
+            proof = self._prove(record)
         except RankLost:
             return False
         self.book.restore(record)
@@ -70,15 +88,18 @@ class Roster:
     def records(self) -> list[RankRecord]:
         return self.book.records()
 
+    def settled_records(self) -> list[RankRecord]:
+        """Of the incarnations that may hold KV."""
+        return [record for record in self.book.records() if not self.book.is_joining(record.incarnation)]
+
+    def joining_records(self) -> list[RankRecord]:
+        """Of those that hold nothing and will be told the newest epoch."""
+        return [record for record in self.book.records() if self.book.is_joining(record.incarnation)]
+
     def handle(self, incarnation: str) -> Any | None:
         """Its actor; None if it is unknown here or to Ray."""
         watch = self._watches.get(incarnation)
         return None if watch is None else watch.handle
-
-    def can_prove(self, incarnation: str) -> bool:
-        """The end of its process would be noticed for certain."""
-        watch = self._watches.get(incarnation)
-        return watch is not None and watch.can_prove
 
     def advance(self, epoch: int, floor: int) -> None:
         """Tell routers that a rank has swapped to `epoch` and that `floor` is stored."""
@@ -95,19 +116,24 @@ class Roster:
             waiting.cancel()
         return self.book.view()
 
-    async def ask_all(self, method: str, *args: Any, timeout_s: float) -> list[RankAnswer]:
-        """Call one method of every incarnation at once; an answer or a failure for each, within `timeout_s`."""
-        records = self.records()
-        asking = [asyncio.create_task(self._ask(record, method, args, timeout_s)) for record in records]
+    async def ask_all(self, call: Callable[[RankRecord, Any], Call], timeout_s: float) -> list[RankAnswer]:
+        """Call every incarnation at once; an answer or a failure for each, within `timeout_s`.
+
+        call: begins the call of one actor handle, or says why it cannot be made.
+        """
+        asking = [asyncio.create_task(self._ask(record, call, timeout_s)) for record in self.records()]
         if asking:
             await asyncio.wait(asking)
         return [task.result() for task in asking]
 
-    async def _ask(self, record: RankRecord, method: str, args: tuple[Any, ...], timeout_s: float) -> RankAnswer:
+    async def _ask(self, record: RankRecord, call: Callable[[RankRecord, Any], Call], timeout_s: float) -> RankAnswer:
         handle = self.handle(record.incarnation)
         if handle is None:
             return RankAnswer(record, CallFailed("died", "Ray knows no actor of this incarnation"))
-        return RankAnswer(record, await outcome_within(getattr(handle, method).remote(*args), timeout_s))
+        calling = call(record, handle)
+        if isinstance(calling, CallFailed):
+            return RankAnswer(record, calling)
+        return RankAnswer(record, await outcome_within(calling, timeout_s))
 
     def close(self) -> None:
         """Stop watching."""
@@ -115,15 +141,7 @@ class Roster:
             watch.stop()
         self._watches.clear()
 
-    def _proof(self, record: RankRecord) -> ProcessProof | None:
-        if record.node_id != self._node_id:
-            return None
-        proof = ProcessProof.open(record.pid, record.start_time)
-        if proof is None:
-            raise RankLost(f"incarnation {record.incarnation}: no process {record.pid} runs on this node")
-        return proof
-
-    def _watch(self, record: RankRecord, handle: Any, proof: ProcessProof | None, is_answering: bool) -> None:
+    def _watch(self, record: RankRecord, handle: Any, proof: EndProof, is_answering: bool) -> None:
         earlier = self._watches.pop(record.incarnation, None)
         if earlier is not None:
             earlier.stop()

@@ -57,9 +57,12 @@ class ControlSettings(_Settings):
     step_grace_s: Annotated[float, Field(ge=0)] = 5.0
     #: after this a rank out of contact with the controller serves uncached
     lease_s: Annotated[float, Field(gt=0)] = 5.0
+    #: file system in memory in which the processes of a node share their control page
+    shared_dir: Path = Path("/dev/shm")
     #: the answer leaves the controller by the deadline plus this, whatever the ranks do
     answer_slack_s: Annotated[float, Field(gt=0)] = 0.05
-    #: where the log lives: `directory` below the state directory, or the cluster's `gcs` key-value store
+    #: where the log lives: `directory` below the state directory, for a server of one machine; or the cluster's `gcs`
+    #: key-value store
     log: Literal["directory", "gcs"] = "directory"
 
 

@@ -19,7 +19,7 @@ from ray.serve.schema import ReplicaRank
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.detached import ensure_controller
+from actors.controller import ensure_controller
 from actors.endpoints import new_incarnation
 from actors.messages import NAMESPACE, RankRecord, Registered
 from actors.ray_errors import Answered, CallFailed, outcome_of, outcome_within

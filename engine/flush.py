@@ -6,6 +6,7 @@ at the deadline), atomically; only the winner answers (protocol.md section 6, ho
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass, field
 from typing import Literal
@@ -52,6 +53,11 @@ class FlushCommand:
     timeout_s: float = 0.0
     scope: FlushScope | None = None
     dry_run: bool = False
+    #: CLOCK_BOOTTIME of the rank's machine in seconds: past it the command is not begun, however long it lay in a
+    #: buffer or the rank was frozen (hole H25); never later than what is left of the budget
+    valid_until_s: float = math.inf
+    #: of a scoped flush: what replaces the scope's part in the keys of pages computed from now on; 0: no scope
+    sub_epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import Protocol
 
 from engine.flush import (
     ALREADY_IN_PROGRESS,
@@ -22,6 +23,7 @@ from engine.flush import (
     Claim,
     FlushCommand,
     FlushMode,
+    FlushScope,
     FlushVerdict,
     Verdict,
 )
@@ -109,7 +111,20 @@ def describe(blockers: Blockers) -> str:
     return ", ".join(f"{count} {what}" for count, what in parts if count) or "nothing in the way"
 
 
-def gives_way(pending: FlushCommand, newcomer: FlushCommand) -> bool:
+class FlushTerms(Protocol):
+    """What two flushes are compared by, as a rank or the controller knows them."""
+
+    @property
+    def mode(self) -> FlushMode: ...
+    @property
+    def tiers(self) -> tuple[str, ...]: ...
+    @property
+    def scope(self) -> FlushScope | None: ...
+    @property
+    def dry_run(self) -> bool: ...
+
+
+def gives_way(pending: FlushTerms, newcomer: FlushTerms) -> bool:
     """Whether a pending `wait` yields to a newcomer that needs no idle instant and drops at least as much."""
     return (
         pending.mode == "wait"

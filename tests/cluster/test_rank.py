@@ -17,7 +17,7 @@ import pytest
 import ray
 from ray import serve
 
-from actors.detached import ensure_controller
+from actors.controller import ensure_controller
 from actors.fleet import Fleet
 from actors.messages import NAMESPACE, Member
 from configs.errors import RankLost

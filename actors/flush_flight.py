@@ -1,0 +1,210 @@
+"""Carries one flush out: does what `FlushMachine` wants, and brings back what came of it.
+
+No task waits here. Each command is started, its end is the next event, and one timer stands for the next instant at
+which the machine may decide by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from actors.clock import Clock
+from actors.flush_events import (
+    Amend,
+    CancelOnRank,
+    Command,
+    Event,
+    FloorSettled,
+    Give,
+    IntentStored,
+    KeepLate,
+    NotStored,
+    OutcomeStored,
+    RaiseFloor,
+    RankAnswered,
+    RankFailed,
+    RankRegistered,
+    Release,
+    StoreIntent,
+    StoreOutcome,
+    TellRank,
+    TimePassed,
+    Withhold,
+)
+from actors.flush_machine import FlushMachine
+from actors.flush_run import Answer
+from actors.log_keeper import LogKeeper, Stored, Unstored
+from actors.log_records import Record
+from actors.nodes import Nodes
+from actors.ray_errors import Answered, CallFailed, outcome_of
+from actors.roster import Roster
+from engine.flush import FlushCommand
+
+
+class FlushEnds(Protocol):
+    """What the flights tell the desk."""
+
+    def given(self, flight: FlushFlight, answer: Answer, is_remembered: bool) -> None: ...
+    def amended(self, flight: FlushFlight, answer: Answer) -> None: ...
+    def late(self, flight: FlushFlight, rows: list[Answer]) -> None: ...
+    def begun(self, flight: FlushFlight) -> None:
+        """Its intent is stored; ranks are being told."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FlushTools:
+    """What every flight uses."""
+
+    roster: Roster
+    nodes: Nodes
+    log: LogKeeper
+    clock: Clock
+
+
+class FlushFlight:
+    """One flush on its way, on one asyncio loop."""
+
+    def __init__(self, machine: FlushMachine, tools: FlushTools, ends: FlushEnds) -> None:
+        self.machine = machine
+        self.request = machine.run.request
+        self._tools = tools
+        self._ends = ends
+        #: done when the flush has its answer
+        self.answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._legs: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self) -> None:
+        """Begin with the ranks that are registered now."""
+        self._carry_out(self.machine.begin(self._tools.roster.settled_records(), self._now_s()))
+        for record in self._tools.roster.joining_records():
+            self.handle(RankRegistered(record, is_new=True))
+
+    def resume(self, index: int) -> None:
+        """Go on where an earlier controller stopped."""
+        self._carry_out(self.machine.resume(index, self._now_s()))
+
+    def handle(self, event: Event) -> None:
+        """Something has happened that concerns this flush."""
+        self._carry_out(self.machine.handle(event, self._now_s()))
+
+    def close(self) -> None:
+        """Drop everything; nobody is told anything any more."""
+        self._set_timer(None)
+        for leg in self._legs:
+            leg.cancel()
+
+    def _now_s(self) -> float:
+        return self._tools.clock.now_s()
+
+    def _carry_out(self, commands: list[Command]) -> None:
+        for command in commands:
+            self._start(command)
+        self._set_timer(self.machine.wake_s(self._now_s()))
+
+    def _start(self, command: Command) -> None:
+        tools = self._tools
+        match command:
+            case TellRank():
+                self._leg(self._tell(command))
+            case StoreIntent(intent):
+                self._store(intent, self._intent_stored)
+            case StoreOutcome(outcome):
+                self._store(outcome, lambda index: self.handle(OutcomeStored()))
+            case RaiseFloor(node_id, floor):
+                self._leg(self._raise(node_id, floor))
+            case CancelOnRank(incarnation):
+                self._leg(self._cancel(incarnation))
+            case Withhold(node_ids):
+                tools.nodes.book.leases.withhold(node_ids)
+            case Release(node_ids):
+                tools.nodes.book.leases.release(node_ids)
+            case Give(answer, is_remembered):
+                self._ends.given(self, answer, is_remembered)
+                if not self.answered.done():
+                    self.answered.set_result(answer)
+            case Amend(answer):
+                self._ends.amended(self, answer)
+            case KeepLate(rows):
+                self._ends.late(self, rows)
+
+    # ----------------------------------------------------------------------------------------------------- the effects
+    def _leg(self, work: Coroutine[Any, Any, None]) -> None:
+        leg = asyncio.create_task(work, name=f"flush-{self.request.flush_id}")
+        self._legs.add(leg)
+        leg.add_done_callback(self._legs.discard)
+
+    def _store(self, record: Record, stored: Callable[[int], None]) -> None:
+        def ended(done: asyncio.Future[Stored | Unstored]) -> None:
+            match done.result():
+                case Stored(index):
+                    stored(index)
+                case Unstored(message):
+                    self.handle(NotStored(message))
+
+        self._tools.log.append(record).add_done_callback(ended)
+
+    def _intent_stored(self, index: int) -> None:
+        self.handle(IntentStored(index))
+        self._ends.begun(self)
+
+    async def _tell(self, order: TellRank) -> None:
+        """Tell one rank and wait for its verdict, however late it comes."""
+        incarnation = order.record.incarnation
+        handle = self._tools.roster.handle(incarnation)
+        if handle is None:
+            return self._failed(incarnation, "Ray knows no actor of this incarnation", is_final=False)
+        match await outcome_of(handle.flush.remote(self._command(order))):
+            case Answered(verdict):
+                self.handle(RankAnswered(incarnation, verdict))
+            case CallFailed(kind, message):
+                self._failed(incarnation, message, is_final=kind == "error")
+
+    def _failed(self, incarnation: str, message: str, *, is_final: bool) -> None:
+        self.handle(RankFailed(incarnation, message, is_final))
+
+    async def _raise(self, node_id: str, floor: int) -> None:
+        await self._tools.nodes.raise_floor(node_id, floor)
+        self.handle(FloorSettled(node_id))
+
+    async def _cancel(self, incarnation: str) -> None:
+        handle = self._tools.roster.handle(incarnation)
+        if handle is None:
+            return
+        call = handle.close_flush.remote(self.request.flush_id, self._tools.log.state.term)
+        match await outcome_of(call):
+            case Answered(verdict):
+                self.handle(RankAnswered(incarnation, verdict))
+            case CallFailed(_, message):
+                self._failed(incarnation, message, is_final=False)
+
+    def _command(self, order: TellRank) -> FlushCommand:
+        request, run, nodes = self.request, self.machine.run, self._tools.nodes.book
+        now_s = self._now_s()
+        boot_s = nodes.boot_s(order.record.node_id, now_s)
+        assert boot_s is not None, "a rank is told only when its node's clock is known"
+        return FlushCommand(
+            flush_id=request.flush_id,
+            mode=request.mode,
+            tiers=request.tiers,
+            epoch=run.epoch,
+            term=self._tools.log.state.term,
+            budget_s=order.budget_s,
+            timeout_s=request.timeout_s,
+            scope=request.scope,
+            dry_run=request.dry_run,
+            valid_until_s=boot_s + order.valid_until_s - now_s,
+            sub_epoch=run.sub_epoch,
+        )
+
+    def _set_timer(self, wake_s: float | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if wake_s is not None:
+            delay_s = max(0.0, wake_s - self._now_s())
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self.handle, TimePassed())

@@ -1,0 +1,362 @@
+"""One flush from its request to its answer, as a machine: what happened comes in, what is to be done comes out.
+
+    storing --IntentStored--> running --all answered, or the time is up--> ending --OutcomeStored--> over
+
+The order is that of protocol.md section 6: the intent is stored before anybody is told; `fence`, `retract` and `abort`
+raise the floor on a node before its ranks are told; the outcome is stored before it is called a success. No clock, no
+I/O: the shell (`actors/flush_flight.py`) carries the commands out and brings what came of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal, Protocol, TypeAlias
+
+from actors.flush_events import (
+    Amend,
+    CancelAsked,
+    CancelOnRank,
+    Command,
+    Event,
+    FloorSettled,
+    Give,
+    IntentStored,
+    KeepLate,
+    NodeChanged,
+    NotStored,
+    OutcomeStored,
+    RaiseFloor,
+    RankAnswered,
+    RankFailed,
+    RankGone,
+    RankRegistered,
+    Release,
+    StoreIntent,
+    StoreOutcome,
+    Superseded,
+    SupersederEnded,
+    TellRank,
+    TimePassed,
+    Withhold,
+)
+from actors.flush_plan import FlushPlan
+from actors.flush_run import Answer, FlushRun, flush_answer
+from actors.log_records import FlushIntent, FlushOutcome
+from actors.messages import RankRecord
+
+State: TypeAlias = Literal["storing", "running", "ending", "over"]
+
+#: the ranks of a node are told at the latest this long after its agent was asked to raise the floor: a frozen agent
+#: must not keep its ranks from flushing
+FLOOR_PATIENCE_S = 0.25
+#: where the controller knows that a flush is good without a rank's own word, the word is still waited for this long,
+#: and a little longer for each rank told: an idle rank answers in 1 to 2 ms, and its row then says what it freed
+OWN_ANSWER_S = 0.02
+OWN_ANSWER_PER_RANK_S = 0.001
+#: a rank that lives says in one call what became of a flush that is cancelled
+CANCEL_S = 1.0
+
+
+class NodeView(Protocol):
+    """What the machine asks of the nodes; `NodeBook` answers."""
+
+    def is_fenced(self, record: RankRecord, epoch: int) -> bool: ...
+    def lease_over_s(self, node_id: str) -> float: ...
+    def boot_s(self, node_id: str, now_s: float) -> float | None: ...
+
+
+class FlushMachine:
+    """One flush. `handle` is the only method that changes it after `begin` or `resume`."""
+
+    def __init__(self, plan: FlushPlan, run: FlushRun, nodes: NodeView, untouched_tiers: Iterable[str]) -> None:
+        """run: without rows. untouched_tiers: those that exist and are not flushed."""
+        self.plan = plan
+        self.run = run
+        self._nodes = nodes
+        self._untouched = tuple(untouched_tiers)
+        self.state: State = "storing"
+        #: index of the intent; 0 until it is stored
+        self._index = 0
+        self._told: set[str] = set()
+        #: nodes whose agents have not answered the floor yet, and how long their ranks wait for that
+        self._raising: set[str] = set()
+        self._patience_until_s = -math.inf
+        self._courtesy_until_s = -math.inf
+        self._has_superseder_ended = False
+        #: a cancelled flush waits no longer than this for what the ranks say of it
+        self._cancel_until_s = math.inf
+        #: they registered while the intent was being stored, empty; they will be told its epoch
+        self._newcomers: list[RankRecord] = []
+        #: as fixed by the run, before the log has said whether it is stored
+        self._answer: Answer | None = None
+        self._withheld: tuple[str, ...] = ()
+        run.takes_epoch = plan.takes_epoch
+
+    # ------------------------------------------------------------------------------------------------------ beginning
+    def begin(self, records: Iterable[RankRecord], now_s: float) -> list[Command]:
+        """Begin with these ranks registered."""
+        for record in records:
+            self.run.expect(record)
+        if self.run.is_settled:
+            return self._give_up("no_ranks", "no rank is registered: nothing was flushed", now_s)
+        if not self.plan.is_stored:
+            return self._start(0, now_s)
+        run, plan = self.run, self.plan
+        return [StoreIntent(FlushIntent(run.request, plan.takes_epoch, tuple(run.waiting_for), run.started_at))]
+
+    def resume(self, index: int, now_s: float) -> list[Command]:
+        """Go on with a flush whose intent an earlier controller stored; the run has its rows already."""
+        return self._start(index, now_s)
+
+    # --------------------------------------------------------------------------------------------------------- events
+    def handle(self, event: Event, now_s: float) -> list[Command]:
+        """Take in what happened; what is to be done now, in order."""
+        match event:
+            case IntentStored(index):
+                return self._intent_stored(index, now_s)
+            case OutcomeStored():
+                return self._outcome_stored()
+            case NotStored(message):
+                return self._not_stored(message, now_s)
+            case CancelAsked():
+                return self._cancel(now_s)
+            case RankRegistered(record, is_new):
+                self._register(record, is_new)
+            case RankAnswered(incarnation, verdict):
+                self.run.answered(incarnation, verdict)
+            case RankFailed(incarnation, message, is_final):
+                self.run.failed(incarnation, message, is_final)
+            case RankGone(incarnation):
+                self.run.gone(incarnation)
+            case FloorSettled(node_id):
+                self._raising.discard(node_id)
+            case Superseded(by):
+                self.run.superseded_by = by
+            case SupersederEnded():
+                self._has_superseder_ended = True
+            case NodeChanged() | TimePassed():
+                pass
+        return self._proceed(now_s)
+
+    @property
+    def can_cancel(self) -> bool:
+        """It has not begun to be irrevocable, and is not over."""
+        return self.state in ("storing", "running") and not self.plan.raises_floor_first
+
+    @property
+    def can_give_way(self) -> bool:
+        """Its ranks would answer a command that supersedes it."""
+        return self.state in ("storing", "running")
+
+    def wake_s(self, now_s: float) -> float | None:
+        """When `TimePassed` is due next; None: never again."""
+        match self.state:
+            case "storing":
+                return self.plan.collect_until_s
+            case "ending":
+                return self.plan.answer_until_s
+            case "over":
+                return None
+            case "running":
+                return min(instant_s for instant_s in self._instants() if instant_s > now_s)
+
+    def _instants(self) -> Iterable[float]:
+        """When something may be decided without an event. One that has passed has been looked at."""
+        yield math.inf
+        yield self.plan.collect_until_s
+        yield self._patience_until_s
+        yield self._courtesy_until_s
+        yield self._cancel_until_s
+        if self.plan.counts_expired:
+            yield from {self._nodes.lease_over_s(record.node_id) for record in self.run.open_records}
+
+    # ------------------------------------------------------------------------------------------------------- running
+    def _intent_stored(self, index: int, now_s: float) -> list[Command]:
+        if self.state == "storing":
+            return self._start(index, now_s)
+        # The caller knows that nobody was told; the log shall say so too. A floor that came with the intent holds.
+        assert self._answer is not None
+        is_floor_raised = self.plan.raises_floor_first
+        answer = self._answer | {"floor_raised": is_floor_raised, "epoch": index if is_floor_raised else 0}
+        return [StoreOutcome(FlushOutcome(index, answer["epoch"], answer))]
+
+    def _start(self, index: int, now_s: float) -> list[Command]:
+        """The intent is stored: from here on ranks are told, those too that register meanwhile."""
+        run, plan = self.run, self.plan
+        self._index = index
+        run.epoch = index if plan.takes_epoch else 0
+        run.sub_epoch = index if plan.takes_sub_epoch else 0
+        self.state = "running"
+        for record in self._newcomers:
+            run.joined(record)
+        if not plan.raises_floor_first:
+            return self._proceed(now_s)
+        run.is_floor_raised = True
+        self._raising = {record.node_id for record in run.records}
+        self._patience_until_s = now_s + FLOOR_PATIENCE_S
+        return [RaiseFloor(node_id, index) for node_id in sorted(self._raising)] + self._proceed(now_s)
+
+    def _register(self, record: RankRecord, is_new: bool) -> None:
+        run = self.run
+        if not is_new or run.has(record.incarnation):
+            run.expect(record)
+        elif self.state == "running":
+            run.joined(record)
+        else:
+            self._newcomers.append(record)
+
+    def _proceed(self, now_s: float) -> list[Command]:
+        """Tell who may be told, and end if there is nothing to wait for."""
+        if self.run.is_closed:
+            return self._after_close(now_s)
+        if self.state != "running":
+            return self._give_up_storing(now_s)
+        commands: list[Command] = []
+        if not self.run.is_cancelled and len(self._told) < len(self.run.records):
+            commands += self._tell(now_s)
+        if self._is_finished(now_s):
+            commands += self._end(now_s)
+        return commands
+
+    def _tell(self, now_s: float) -> list[Command]:
+        due = [record for record in self.run.open_records if self._may_tell(record, now_s)]
+        if due:
+            self._told.update(record.incarnation for record in due)
+            courtesy_s = OWN_ANSWER_S + OWN_ANSWER_PER_RANK_S * len(self._told)
+            self._courtesy_until_s = max(self._courtesy_until_s, now_s + courtesy_s)
+        budget_s = max(0.0, self.plan.deadline_s - now_s)
+        return [TellRank(record, budget_s, self.plan.valid_until_s) for record in due]
+
+    def _may_tell(self, record: RankRecord, now_s: float) -> bool:
+        """Not twice, not before its node's floor, and not before it is known what its clock shows."""
+        if record.incarnation in self._told or self._nodes.boot_s(record.node_id, now_s) is None:
+            return False
+        return record.node_id not in self._raising or now_s >= self._patience_until_s
+
+    def _is_finished(self, now_s: float) -> bool:
+        open_records = self.run.open_records
+        if not open_records or now_s >= min(self.plan.collect_until_s, self._cancel_until_s):
+            return True
+        if self._has_superseder_ended:
+            return True
+        if now_s < self._courtesy_until_s or self.run.is_cancelled:
+            return False
+        return all(self._stand_in(record, now_s) is not None for record in open_records)
+
+    def _stand_in(self, record: RankRecord, now_s: float) -> tuple[Literal["fenced", "expired"], str] | None:
+        """What is good about this rank without its own word."""
+        if self.plan.counts_fenced and self._nodes.is_fenced(record, self.run.epoch):
+            return "fenced", "the floor is on the page that it reads before each match"
+        if self.plan.counts_expired and now_s >= self._nodes.lease_over_s(record.node_id):
+            return "expired", "its node is out of lease: it serves uncached until it has been told the floor"
+        return None
+
+    # ----------------------------------------------------------------------------------------------------- the answer
+    def _end(self, now_s: float) -> list[Command]:
+        """Fix the answer and have it stored."""
+        run, plan = self.run, self.plan
+        self._speak_for_the_silent(now_s)
+        answer = self._answer = run.close(now_s, self._untouched)
+        if not plan.is_stored:
+            return self._give(answer)
+        self.state = "ending"
+        commands: list[Command] = []
+        if not plan.raises_floor_first:
+            nodes = {row["node"] for row in answer["ranks"] if row["status"] == "expired"}
+            self._withheld = tuple(sorted(nodes)) if answer["success"] else ()
+            commands += [Withhold(self._withheld)] if self._withheld else []
+        floor = run.epoch if answer["floor_raised"] else 0
+        return [*commands, StoreOutcome(FlushOutcome(self._index, floor, answer))]
+
+    def _speak_for_the_silent(self, now_s: float) -> None:
+        """Verdicts for the ranks that gave none, or, in mode fence, none that is as good as the floor."""
+        run = self.run
+        open_ones = set(run.waiting_for)
+        for record, failure in run.unsatisfied():
+            incarnation = record.incarnation
+            is_open = incarnation in open_ones
+            stand_in = self._stand_in(record, now_s)
+            if stand_in is not None and (is_open or stand_in[0] == "fenced"):
+                run.stand_in(incarnation, *stand_in)
+            elif is_open and run.superseded_by is not None:
+                run.stand_in(incarnation, "superseded", f"gave way to flush {run.superseded_by}")
+            elif is_open and not failure and incarnation not in self._told:
+                run.failed(incarnation, "its node has not been heard of since the controller began", is_final=False)
+
+    def _outcome_stored(self) -> list[Command]:
+        assert self._answer is not None
+        commands: list[Command] = [Release(self._withheld)] if self._withheld else []
+        self._withheld = ()
+        if self.state == "over":
+            return [*commands, Amend(self._answer)] if self._index else commands
+        floor = self.run.epoch if self._answer["floor_raised"] and not self.plan.raises_floor_first else 0
+        nodes = sorted({record.node_id for record in self.run.records}) if floor else []
+        # The ranks have swapped already; the floor holds for those that come back and for what is on its way.
+        return [*commands, *self._give(self._answer), *(RaiseFloor(node_id, floor) for node_id in nodes)]
+
+    def _not_stored(self, message: str, now_s: float) -> list[Command]:
+        match self.state:
+            case "storing":
+                return self._give_up("unavailable", f"{message}; no rank was told to flush", now_s)
+            case "ending":
+                commands: list[Command] = [Release(self._withheld)] if self._withheld else []
+                self._withheld = ()
+                return [*self._give(self._without_success(message)), *commands]
+            case _:
+                commands = [Release(self._withheld)] if self._withheld else []
+                self._withheld = ()
+                return commands
+
+    def _after_close(self, now_s: float) -> list[Command]:
+        """Late verdicts, and the time at which the answer leaves although the log is silent."""
+        if self.state == "ending" and now_s >= self.plan.answer_until_s:
+            return self._give(self._without_success("the control log did not answer in time"))
+        late = self.run.late
+        return [KeepLate(late)] if self.state == "over" and late else []
+
+    def _give_up_storing(self, now_s: float) -> list[Command]:
+        if self.state != "storing" or now_s < self.plan.collect_until_s:
+            return []
+        return self._not_stored("the control log did not answer in time", now_s)
+
+    def _without_success(self, message: str) -> Answer:
+        """What may be said of a flush whose outcome is not stored."""
+        assert self._answer is not None
+        if not self._answer["success"]:
+            return self._answer
+        return self._answer | {
+            "success": False, "status": "unavailable", "http_status": 503,
+            "floor_raised": self.run.is_floor_raised, "message": f"every rank has flushed, but {message}",
+        }  # fmt: skip
+
+    def _give(self, answer: Answer) -> list[Command]:
+        self.state = "over"
+        return [Give(answer, is_remembered=self.plan.is_stored)]
+
+    def _give_up(self, status: str, message: str, now_s: float) -> list[Command]:
+        """Nobody was told: the same id may try again."""
+        run = self.run
+        http_status = 409 if status == "cancelled" else 503
+        self._answer = flush_answer(
+            run.request, success=False, status=status, message=message, http_status=http_status,
+            started_at=run.started_at, took_ms=(now_s - run.started_s) * 1000, untouched_tiers=list(self._untouched),
+        )  # fmt: skip
+        self.state = "over"
+        return [Give(self._answer, is_remembered=False)]
+
+    # ------------------------------------------------------------------------------------------------------ cancelling
+    def _cancel(self, now_s: float) -> list[Command]:
+        if not self.can_cancel or self.run.is_cancelled:
+            return []
+        self.run.is_cancelled = True
+        if self.state == "storing":
+            return self._give_up("cancelled", "cancelled before any rank was told", now_s)
+        commands: list[Command] = []
+        self._cancel_until_s = now_s + CANCEL_S
+        for record in self.run.open_records:
+            if record.incarnation in self._told:
+                commands.append(CancelOnRank(record.incarnation))
+            else:
+                self.run.stand_in(record.incarnation, "refused", "cancelled before it was told")
+        return commands + self._proceed(now_s)

@@ -1,0 +1,67 @@
+"""What one flush means before it begins: its epoch, its order, which verdicts suffice, its instants. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from actors.flush_request import FLOOR_FIRST_MODES, FlushLimits, FlushRequest
+
+# Of the answer's slack, verdicts may use one half (they leave the ranks at the deadline), the log most of the rest.
+_COLLECT_SHARE = 0.5
+_STORE_SHARE = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class FlushPlan:
+    """Protocol.md section 6 for one request. Times are seconds of the controller's clock."""
+
+    request: FlushRequest
+    #: all tiers and no scope: it allots an epoch. Everything else is confined to what each rank answers itself
+    takes_epoch: bool
+    #: when the caller's budget is used up
+    deadline_s: float
+    #: ranks that have not answered until then are given up
+    collect_until_s: float
+    #: the answer leaves then, whether or not its record is stored
+    answer_until_s: float
+    #: until then a rank may begin with the command
+    valid_until_s: float
+
+    @classmethod
+    def of(cls, request: FlushRequest, limits: FlushLimits, received_s: float, slack_s: float) -> FlushPlan:
+        """received_s: when the caller's request came.  slack_s: how long after the deadline the answer may leave."""
+        deadline_s = received_s + request.budget_s(limits.step_grace_s)
+        return cls(
+            request,
+            request.takes_epoch(limits),
+            deadline_s,
+            collect_until_s=deadline_s + _COLLECT_SHARE * slack_s,
+            answer_until_s=deadline_s + _STORE_SHARE * slack_s,
+            valid_until_s=deadline_s + slack_s,
+        )
+
+    @property
+    def raises_floor_first(self) -> bool:
+        """Irrevocable from its record on. `wait` and `drain` raise the floor last: a rank that times out is untouched
+        and works on with its tier (hole H3)."""
+        return self.takes_epoch and self.request.mode in FLOOR_FIRST_MODES
+
+    @property
+    def counts_fenced(self) -> bool:
+        """A floor on the page that a rank reads suffices without its answer."""
+        return self.takes_epoch and self.request.mode == "fence"
+
+    @property
+    def counts_expired(self) -> bool:
+        """A node out of lease suffices: with its next lease it is told the floor. A scope or a part of the tiers has
+        no floor that could meet it there."""
+        return self.takes_epoch
+
+    @property
+    def is_stored(self) -> bool:
+        """A dry run changes nothing, so nothing has to be kept of it."""
+        return not self.request.dry_run
+
+    @property
+    def takes_sub_epoch(self) -> bool:
+        return self.request.scope is not None and self.is_stored

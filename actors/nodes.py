@@ -1,0 +1,126 @@
+"""The agents of all nodes as the controller deals with them: leases out of renewals, floors on their pages."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, TypeAlias
+
+from actors.clock import Clock
+from actors.log_records import LogState
+from actors.messages import MESSAGE_VERSION, FloorAnswer, LeaseAnswer, NodeRenewal, PagePlace
+from actors.node_book import NodeBook
+from actors.ray_errors import Answered, outcome_of
+from configs.errors import InvalidField
+
+log = logging.getLogger(__name__)
+
+#: leases are renewed, and the log is checked, this often in a lease time
+RENEWALS_PER_LEASE = 5
+#: makes a node's agent if there is none; may fail, and is tried again
+EnsureAgent: TypeAlias = Callable[[str], Awaitable[None]]
+
+
+class Nodes:
+    """Lives on one asyncio loop."""
+
+    def __init__(
+        self,
+        book: NodeBook,
+        state: LogState,
+        clock: Clock,
+        ensure_agent: EnsureAgent,
+        changed: Callable[[str], None],
+        outranked: Callable[[], None],
+    ) -> None:
+        """state: the log as it is stored.  changed: a node was heard of, or its floor has risen.
+        outranked: a page obeys a higher term than ours.
+        """
+        self.book = book
+        self._state = state
+        self._clock = clock
+        self._ensure_agent = ensure_agent
+        self._tell_changed = changed
+        self._tell_outranked = outranked
+        self._agents: dict[str, Any] = {}
+        self._making: dict[str, asyncio.Task[None]] = {}
+        self._renewed = asyncio.Event()
+
+    def renew(self, renewal: NodeRenewal, handle: Any) -> LeaseAnswer:
+        """An agent asks for a lease. Raises InvalidField if it speaks another message version."""
+        if renewal.message_version != MESSAGE_VERSION:
+            message = f"agent speaks message version {renewal.message_version}, the controller {MESSAGE_VERSION}"
+            raise InvalidField(message, "message_version")
+        self._agents[renewal.node_id] = handle
+        refusal = self.book.renew(renewal, self._clock.now_s())
+        self._note(renewal.node_id)
+        state = self._state
+        lease_s = self.book.leases.lease_s
+        return LeaseAnswer(
+            state.lineage,
+            state.term,
+            state.floor,
+            lease_s=lease_s if refusal is None else 0.0,
+            period_s=lease_s / RENEWALS_PER_LEASE,
+            message=refusal or "",
+        )
+
+    async def raise_floor(self, node_id: str, floor: int) -> None:
+        """Have a stored floor put on a node's page. Returns when its agent has answered or its call has failed."""
+        handle = self._agents.get(node_id)
+        if handle is None:
+            return
+        outcome = await outcome_of(handle.raise_floor.remote(self._state.term, floor))
+        if not isinstance(outcome, Answered):
+            return
+        answer: FloorAnswer = outcome.value
+        if answer.is_refused:
+            self._tell_outranked()
+            return
+        self.book.floor_raised(node_id, answer.nonce, answer.floor)
+        self._note(node_id)
+
+    async def ready(self, node_id: str, timeout_s: float) -> PagePlace | None:
+        """The page of a node that has a lease: at once, or when its agent has got one. None: not within the time."""
+        until_s = self._clock.now_s() + timeout_s
+        self.ensure(node_id)
+        while self.book.page(node_id) is None or self.book.refusal(node_id):
+            left_s = until_s - self._clock.now_s()
+            if left_s <= 0:
+                return None
+            waiting = asyncio.ensure_future(self._renewed.wait())
+            await asyncio.wait({waiting}, timeout=left_s)
+            waiting.cancel()
+        return self.book.page(node_id)
+
+    def ensure(self, node_id: str) -> None:
+        """Begin to make the node's agent if it has not been heard of for a lease time."""
+        is_silent = self.book.silent_s(node_id, self._clock.now_s()) > self.book.leases.lease_s
+        if is_silent and node_id not in self._making:
+            making = self._making[node_id] = asyncio.create_task(self._make(node_id), name=f"agent-{node_id}")
+            making.add_done_callback(lambda done: self._making.pop(node_id, None))
+
+    def agent(self, node_id: str) -> Any | None:
+        """Handle of a node's agent; None if it has not been heard of."""
+        return self._agents.get(node_id)
+
+    def rows(self, node_ids: Iterable[str]) -> list[dict[str, Any]]:
+        """Nodes as plain data."""
+        now_s = self._clock.now_s()
+        return [self.book.row(node_id, now_s) for node_id in sorted(node_ids)]
+
+    def close(self) -> None:
+        for making in self._making.values():
+            making.cancel()
+
+    def _note(self, node_id: str) -> None:
+        self._renewed.set()
+        self._renewed = asyncio.Event()
+        self._tell_changed(node_id)
+
+    async def _make(self, node_id: str) -> None:
+        try:
+            await self._ensure_agent(node_id)
+        except OSError as error:
+            log.warning("no agent could be made on node %s: %s", node_id, error)
