@@ -151,6 +151,26 @@ def test_an_idle_engine_sleeps_until_something_is_posted() -> None:
     assert rank.answers["r"].finishes == ["length"]
 
 
+def test_what_is_posted_just_before_the_engine_falls_asleep_wakes_it() -> None:
+    rank = FakeRank()
+    ends = Ends(num_expected=1)
+    rank.loop._on_outputs = ends.take
+    take_turn = rank.loop.turn
+    num_idle_turns = 0
+
+    def turn() -> bool:
+        nonlocal num_idle_turns
+        has_work = take_turn()
+        num_idle_turns += not has_work
+        if not has_work and num_idle_turns == 1:
+            rank.submit("r", PROMPT, max_new_tokens=1)
+        return has_work
+
+    rank.loop.turn = turn
+    with running(rank.loop):
+        assert ends.all_here.wait(PATIENCE_S)
+
+
 def test_requests_posted_by_many_threads_are_all_answered() -> None:
     rank = FakeRank(num_pages=48)
     ends = Ends(num_expected=60)
