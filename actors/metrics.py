@@ -7,7 +7,7 @@ Ray puts `ray_` before a name and `_total` behind a counter's. A restarted proce
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
@@ -57,6 +57,53 @@ class ControlMetrics:
     def ranks(self, num_serving: int, num_lost: int) -> None:
         self._ranks.set(num_serving, {"state": "serving"})
         self._ranks.set(num_lost, {"state": "lost"})
+
+
+class ApiMetrics:
+    """What one Api replica reports."""
+
+    def __init__(self) -> None:
+        self._inflight = Gauge("tidegate_api_inflight_sequences", "From admission to the end of the stream.")
+        self._sequences = Counter(
+            "tidegate_api_sequences", "Sequences sent to ranks, by attempt.", tag_keys=("attempt",)
+        )
+        self._stale = Counter(
+            "tidegate_stale_answers", "Answers stopped because they rested on KV below a known floor; never one."
+        )
+        self._tokens = Gauge("tidegate_api_inflight_tokens", "Tokens of these, prompts and outputs so far.")
+        self._dropped = Counter("tidegate_api_dropped_frames", "Frames of another incarnation or attempt.")
+        self._lost = Counter("tidegate_api_lost_connections", "Connections to ranks that broke.")
+        self._responses = Counter("tidegate_http_responses", "HTTP responses begun.", tag_keys=("route", "status"))
+        self._seen: dict[tuple[str, ...], int] = {}
+
+    def report(
+        self,
+        num_inflight: int,
+        *,
+        num_inflight_tokens: int,
+        num_sequences: int,
+        num_resent: int,
+        num_stale: int,
+        num_dropped_frames: int,
+        num_lost_connections: int,
+        responses: Mapping[tuple[str, int], int],
+    ) -> None:
+        """Bring everything up to these totals; called on a timer. responses: (route, status) -> number."""
+        self._inflight.set(num_inflight)
+        self._add(self._sequences, num_sequences, attempt="first")
+        self._add(self._sequences, num_resent, attempt="again")
+        self._add(self._stale, num_stale)
+        self._tokens.set(num_inflight_tokens)
+        self._add(self._dropped, num_dropped_frames)
+        self._add(self._lost, num_lost_connections)
+        for (route, status), number in responses.items():
+            self._add(self._responses, number, route=route, status=str(status))
+
+    def _add(self, counter: Counter, total: int, **labels: str) -> None:
+        series = (counter.info["name"], *labels.values())
+        # As in RankMetrics: a series that begins with its first event hides that event from rate().
+        counter._record(total - self._seen.get(series, 0), tags=labels)
+        self._seen[series] = total
 
 
 class RankMetrics:
@@ -143,44 +190,6 @@ class RankMetrics:
     def _add(self, counter: Counter, amount: int, **labels: str) -> None:
         # `inc` refuses 0, but a series that begins with its first event hides that event from rate() and increase().
         counter._record(amount, tags=self._rank | labels)
-
-
-@dataclass(frozen=True, slots=True)
-class ApiTotals:
-    """What one Api replica has counted since its start; nothing in it ever falls."""
-
-    num_sequences: int = 0
-    #: sent again because their rank was lost before the first token
-    num_resent: int = 0
-    #: answers that reused KV below the floor known at their receipt
-    num_stale: int = 0
-    num_dropped_frames: int = 0
-    num_lost_connections: int = 0
-
-
-class ApiMetrics:
-    """What one Api replica reports."""
-
-    def __init__(self) -> None:
-        self._seen = ApiTotals()
-        self._counters = {
-            "num_sequences": Counter("tidegate_api_sequences", "Sequences sent to ranks."),
-            "num_resent": Counter("tidegate_api_resent_sequences", "Sent again: the rank was lost before a token."),
-            "num_stale": Counter("tidegate_stale_answers", "Answers from KV older than a flush. ALARM above 0."),
-            "num_dropped_frames": Counter("tidegate_api_dropped_frames", "Frames of another incarnation or attempt."),
-            "num_lost_connections": Counter("tidegate_api_lost_connections", "Connections to ranks that broke."),
-        }
-        self._requests = Gauge("tidegate_api_inflight_sequences", "Sequences on ranks now.")
-        self._tokens = Gauge("tidegate_api_inflight_tokens", "Tokens of these, prompts and outputs so far.")
-
-    def report(self, totals: ApiTotals, num_inflight: int, num_inflight_tokens: int) -> None:
-        """Bring everything up to `totals`; called on a timer."""
-        for name, counter in self._counters.items():
-            # 0 too, for the reason in RankMetrics._add
-            counter._record(getattr(totals, name) - getattr(self._seen, name), tags={})
-        self._seen = totals
-        self._requests.set(num_inflight)
-        self._tokens.set(num_inflight_tokens)
 
 
 def _counter(name: str, description: str, *labels: str) -> Counter:

@@ -1,11 +1,12 @@
-"""What an Api replica counts, handed to Ray's metrics once a second."""
+"""What an Api replica counts, handed to Ray's metrics once a second; no request pays for it."""
 
 from __future__ import annotations
 
 import asyncio
 
 from actors.fleet import Fleet
-from actors.metrics import ApiMetrics, ApiTotals
+from actors.metrics import ApiMetrics
+from deployments.admission import Admission
 from deployments.core import ApiCounters
 
 _PERIOD_S = 1.0
@@ -14,8 +15,9 @@ _PERIOD_S = 1.0
 class ApiReport:
     """A timer of the running loop, until `stop`."""
 
-    def __init__(self, counters: ApiCounters, fleet: Fleet, metrics: ApiMetrics) -> None:
+    def __init__(self, counters: ApiCounters, admission: Admission, fleet: Fleet, metrics: ApiMetrics) -> None:
         self._counters = counters
+        self._admission = admission
         self._fleet = fleet
         self._metrics = metrics
         self._timer: asyncio.TimerHandle | None = None
@@ -23,15 +25,16 @@ class ApiReport:
     def start(self) -> None:
         """Report now, and from now on."""
         counters, links = self._counters, self._fleet.counters
-        totals = ApiTotals(
+        self._metrics.report(
+            self._admission.num_inflight,
+            num_inflight_tokens=sum(load.num_tokens for load in self._fleet.loads().values()),
             num_sequences=counters.num_sequences,
             num_resent=counters.num_resent,
             num_stale=counters.num_stale,
             num_dropped_frames=links.num_dropped,
             num_lost_connections=links.num_lost,
+            responses=counters.responses,
         )
-        loads = self._fleet.loads().values()
-        self._metrics.report(totals, sum(load.num_requests for load in loads), sum(load.num_tokens for load in loads))
         self._timer = asyncio.get_running_loop().call_later(_PERIOD_S, self.start)
 
     def stop(self) -> None:
