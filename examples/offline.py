@@ -3,7 +3,8 @@
     python examples/offline.py                 # the tiny demo model, written to a temporary directory
     python examples/offline.py --model DIR     # any checkpoint that the engine can serve
 
-The second round finds the prompts' KV in the cache; after the flush nothing older is used.
+In the first round the prompts share the page that the first of them has computed; in the second all of them are in
+the cache; after the flush nothing older is used.
 """
 
 from __future__ import annotations
