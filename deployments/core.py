@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -42,6 +43,8 @@ class ApiCounters:
     num_resent: int = 0
     #: sequences whose answer reused KV below the floor known at receipt; not one may ever be
     num_stale: int = 0
+    #: (route, status) -> HTTP responses begun
+    responses: Counter[tuple[str, int]] = field(default_factory=Counter)
 
 
 @dataclass(slots=True)

@@ -8,9 +8,10 @@ costs a prefill, never a wrong answer.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import xxhash
 
@@ -20,8 +21,12 @@ from configs.errors import InvalidField, NoRank
 
 #: a rank may have at most this multiple of the mean load (consistent hashing with bounded loads, Mirrokni et al. 2018)
 LOAD_FACTOR = 1.25
-#: pages remembered per incarnation; 65,536 pages of 16 tokens are 1M tokens, about 8 MB of hashes
-MAX_REMEMBERED_PAGES = 1 << 16
+#: blocks remembered per incarnation; 65,536 blocks of 16 tokens are 1M tokens, about 8 MB of hashes
+MAX_REMEMBERED_BLOCKS = 1 << 16
+#: a block is one page, or several small ones: hashing costs 0.3 us a block on the loop that all streams share
+MIN_BLOCK_TOKENS = 16
+#: blocks of one prompt that are looked at; prompts that part later than 65k tokens are not told apart
+MAX_CHAIN_BLOCKS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +36,8 @@ class Candidate:
     incarnation: str
     #: sequences of this Api replica on it now
     num_running: int
-    #: leading pages of the prompt it is believed to hold
-    num_known_pages: int
+    #: leading blocks of the prompt it is believed to hold
+    num_known_blocks: int
     #: sequences ever sent to it by this Api replica; breaks ties, so that idle ranks take turns
     num_sent: int
 
@@ -46,45 +51,46 @@ def choose(candidates: Sequence[Candidate]) -> str:
     total = sum(candidate.num_running for candidate in candidates) + 1
     bound = math.ceil(LOAD_FACTOR * total / len(candidates))
     eligible = [candidate for candidate in candidates if candidate.num_running + 1 <= bound]
-    best = max(eligible, key=lambda c: (c.num_known_pages, -c.num_running, -c.num_sent))
+    best = max(eligible, key=lambda c: (c.num_known_blocks, -c.num_running, -c.num_sent))
     return best.incarnation
 
 
 class PrefixMemory:
-    """Prefixes that were sent to one incarnation: a bounded set of page-chain hashes, least recently sent out first."""
+    """Prefixes sent to one incarnation: a bounded set of block-chain hashes, least recently sent out first."""
 
-    __slots__ = ("_hashes", "_max_pages")
+    __slots__ = ("_hashes", "_max_blocks")
 
-    def __init__(self, max_pages: int = MAX_REMEMBERED_PAGES) -> None:
+    def __init__(self, max_blocks: int = MAX_REMEMBERED_BLOCKS) -> None:
         self._hashes: dict[int, None] = {}
-        self._max_pages = max_pages
+        self._max_blocks = max_blocks
 
     def __len__(self) -> int:
         return len(self._hashes)
 
     def num_known(self, chain: Sequence[int]) -> int:
         """Leading entries of `chain` that are remembered."""
-        for index, page in enumerate(chain):
-            if page not in self._hashes:
+        for index, block in enumerate(chain):
+            if block not in self._hashes:
                 return index
         return len(chain)
 
     def remember(self, chain: Sequence[int]) -> None:
-        """Note `chain` as just sent. Deepest page first, so that when room is needed leaves go before their parents."""
-        for page in reversed(chain[: self._max_pages]):
-            self._hashes.pop(page, None)
-            self._hashes[page] = None
-        for page in list(_first(self._hashes, len(self._hashes) - self._max_pages)):
-            del self._hashes[page]
+        """Note `chain` as just sent. Deepest block first: when room is needed, leaves go before their parents."""
+        for block in reversed(chain[: self._max_blocks]):
+            self._hashes.pop(block, None)
+            self._hashes[block] = None
+        for block in list(islice(self._hashes, max(0, len(self._hashes) - self._max_blocks))):
+            del self._hashes[block]
 
 
-def page_chain(tokens: bytes, page_size: int, namespace: str) -> list[int]:
-    """One hash per whole page of `tokens` (int32 bytes), each over its page and all before it, seeded by namespace."""
-    page_bytes = page_size * TOKEN_BYTES
+def block_chain(tokens: bytes, page_size: int, namespace: str) -> list[int]:
+    """One hash per whole block of `tokens` (int32 bytes), over the block and all before it, seeded by namespace."""
+    block_bytes = max(page_size, MIN_BLOCK_TOKENS) * TOKEN_BYTES
+    end = min(len(tokens), MAX_CHAIN_BLOCKS * block_bytes)
     state = xxhash.xxh3_64_intdigest(namespace.encode())
     chain: list[int] = []
-    for start in range(0, len(tokens) - page_bytes + 1, page_bytes):
-        state = xxhash.xxh3_64_intdigest(tokens[start : start + page_bytes], seed=state)
+    for start in range(0, end - block_bytes + 1, block_bytes):
+        state = xxhash.xxh3_64_intdigest(tokens[start : start + block_bytes], seed=state)
         chain.append(state)
     return chain
 
@@ -92,8 +98,8 @@ def page_chain(tokens: bytes, page_size: int, namespace: str) -> list[int]:
 class Router:
     """Loads and prefix memory of one Api replica. Used from one event loop only."""
 
-    def __init__(self, max_pages: int = MAX_REMEMBERED_PAGES) -> None:
-        self._max_pages = max_pages
+    def __init__(self, max_blocks: int = MAX_REMEMBERED_BLOCKS) -> None:
+        self._max_blocks = max_blocks
         self._running: dict[str, int] = {}
         self._sent: dict[str, int] = {}
         self._memories: dict[str, PrefixMemory] = {}
@@ -120,9 +126,9 @@ class Router:
         """
         self._forget_outdated(membership)
         members = _allowed(membership, rank, avoid)
-        chain = page_chain(tokens, members[0].page_size, namespace)
+        chain = block_chain(tokens, members[0].page_size, namespace)
         incarnation = choose([self._candidate(member, chain) for member in members])
-        self._memories.setdefault(incarnation, PrefixMemory(self._max_pages)).remember(chain)
+        self._memories.setdefault(incarnation, PrefixMemory(self._max_blocks)).remember(chain)
         self._running[incarnation] = self._running.get(incarnation, 0) + 1
         self._sent[incarnation] = self._sent.get(incarnation, 0) + 1
         try:
@@ -135,7 +141,7 @@ class Router:
         return Candidate(
             incarnation=member.incarnation,
             num_running=self.num_running(member.incarnation),
-            num_known_pages=memory.num_known(chain) if memory is not None else 0,
+            num_known_blocks=memory.num_known(chain) if memory is not None else 0,
             num_sent=self._sent.get(member.incarnation, 0),
         )
 
@@ -160,8 +166,3 @@ def _allowed(membership: Membership, rank: int | None, avoid: frozenset[str]) ->
     if not members:
         raise NoRank("no rank is serving at the moment; try again in a few seconds")
     return members
-
-
-def _first(keys: Iterable[int], count: int) -> Iterator[int]:
-    for _, key in zip(range(count), keys, strict=False):
-        yield key

@@ -62,18 +62,25 @@ class Door:
         """A route whose handler runs only with the right key, and whose errors speak `dialect`."""
 
         async def endpoint(request: Request) -> Response:
-            try:
-                self.keys.check(access, request.headers)
-                return await handler(request)
-            except ClientGone:
-                return Response(status_code=499)  # nobody reads it; nginx's number for "client closed request"
-            except TidegateError as error:
-                return error_response(error, dialect)
-            except Exception as error:  # the edge of the process: the client gets a sentence, the log the rest
-                log.exception("%s %s failed", request.method, path)
-                return error_response(as_tidegate_error(error), dialect)
+            response = await self._answer(request, path, handler, access, dialect)
+            self.core.counters.responses[path, response.status_code] += 1
+            return response
 
         return Route(path, endpoint, methods=list(methods))
+
+    async def _answer(
+        self, request: Request, path: str, handler: Handler, access: Access, dialect: Dialect
+    ) -> Response:
+        try:
+            self.keys.check(access, request.headers)
+            return await handler(request)
+        except ClientGone:
+            return Response(status_code=499)  # nobody reads it; nginx's number for "client closed request"
+        except TidegateError as error:
+            return error_response(error, dialect)
+        except Exception as error:  # the edge of the process: the client gets a sentence, the log the rest
+            log.exception("%s %s failed", request.method, path)
+            return error_response(as_tidegate_error(error), dialect)
 
     async def body(self, request: Request, model: type[B]) -> tuple[B, dict[str, str]]:
         """The request's body as a `model`, and response headers that name the fields that were not used."""

@@ -58,7 +58,7 @@ class InfoRoutes:
 
     async def health_generate(self, request: Request) -> Response:
         """200 only if every serving rank generates one token. The prompt is one token, so nothing is cached by it."""
-        members = self.core.fleet.members().members
+        members = sorted(self.core.fleet.members().members, key=lambda member: member.rank)
         if not members:
             raise NoRank("no rank is serving at the moment")
         checks = asyncio.gather(*(self._one_token(member) for member in members))

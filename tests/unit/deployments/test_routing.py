@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 from actors.messages import Member, Membership
 from configs.errors import InvalidField, NoRank
-from deployments.routing import Candidate, PrefixMemory, Router, choose, page_chain
+from deployments.routing import MAX_CHAIN_BLOCKS, Candidate, PrefixMemory, Router, block_chain, choose
 
-PAGE = 4
+PAGE = 16
 
 
 def tokens(*ids: int) -> bytes:
-    return np.asarray(ids, dtype="<i4").tobytes()
+    """Four tokens for each id: four ids are a page."""
+    return np.repeat(np.asarray(ids, dtype="<i4"), 4).tobytes()
 
 
 def members(count: int, epoch: int = 0, floor: int = 0) -> Membership:
@@ -36,7 +37,7 @@ candidates = st.lists(
         Candidate,
         incarnation=st.uuids().map(str),
         num_running=st.integers(0, 50),
-        num_known_pages=st.integers(0, 20),
+        num_known_blocks=st.integers(0, 20),
         num_sent=st.integers(0, 100),
     ),
     min_size=1,
@@ -51,7 +52,7 @@ def test_the_choice_has_the_longest_prefix_of_those_within_a_quarter_above_the_m
     chosen = next(one for one in all_of_them if one.incarnation == choose(all_of_them))
     mean = (sum(one.num_running for one in all_of_them) + 1) / len(all_of_them)
     assert chosen.num_running + 1 < 1.25 * mean + 1
-    better = [one for one in all_of_them if one.num_known_pages > chosen.num_known_pages]
+    better = [one for one in all_of_them if one.num_known_blocks > chosen.num_known_blocks]
     assert all(one.num_running + 1 > 1.25 * mean for one in better)
 
 
@@ -90,19 +91,24 @@ def test_a_flush_and_a_new_incarnation_forget() -> None:
 
 
 def test_namespaces_do_not_meet() -> None:
-    assert page_chain(tokens(*range(8)), PAGE, "a") != page_chain(tokens(*range(8)), PAGE, "b")
+    assert block_chain(tokens(*range(8)), PAGE, "a") != block_chain(tokens(*range(8)), PAGE, "b")
+
+
+def test_small_pages_are_hashed_in_blocks_and_long_prompts_up_to_a_bound() -> None:
+    assert block_chain(tokens(*range(8)), 1, "") == block_chain(tokens(*range(8)), PAGE, "")
+    assert len(block_chain(bytes(4 * PAGE * 5000), PAGE, "")) == MAX_CHAIN_BLOCKS
 
 
 def test_a_chain_is_one_hash_per_whole_page_and_depends_on_all_before() -> None:
-    chain = page_chain(tokens(*range(11)), PAGE, "")
+    chain = block_chain(tokens(*range(11)), PAGE, "")
     assert len(chain) == 2
-    assert page_chain(tokens(99, *range(1, 8)), PAGE, "")[1] != chain[1]
-    assert page_chain(tokens(*range(8), 70, 71, 72, 73), PAGE, "")[:2] == chain
+    assert block_chain(tokens(99, *range(1, 8)), PAGE, "")[1] != chain[1]
+    assert block_chain(tokens(*range(8), 70, 71, 72, 73), PAGE, "")[:2] == chain
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=40))
 def test_the_memory_stays_bounded_and_keeps_parents_before_leaves(prompts: list[int]) -> None:
-    memory = PrefixMemory(max_pages=8)
+    memory = PrefixMemory(max_blocks=8)
     for prompt in prompts:
         chain = [prompt * 100 + depth for depth in range(5)]
         memory.remember(chain)

@@ -31,9 +31,13 @@ async def test_a_client_that_leaves_frees_its_pages(demo: Demo, stream: bool, n:
         await until(lambda: sum(rank.num_outputs for rank in server.ranks) > 3, "tokens come")
         request.hang_up()
         await request.task
-        await server.idle()
         counters = [rank.engine.snapshot().counters for rank in server.ranks]
-    assert sum(counter.num_finished_abort for counter in counters) == n
+
+        def aborted() -> int:
+            return sum(rank.engine.snapshot().counters.num_finished_abort for rank in server.ranks)
+
+        await until(lambda: aborted() == n, "every sequence is aborted")
+        await server.idle()
     assert sum(counter.num_generated_tokens for counter in counters) < 1800
     assert bool(request.chunks) == stream
 
