@@ -309,6 +309,20 @@ def test_the_cache_is_looked_over_on_a_timer(caplog: pytest.LogCaptureFixture) -
     assert "page 3 has two owners" in caplog.text
 
 
+def test_running_answers_are_paused_for_a_look_only_when_no_idle_instant_comes() -> None:
+    rank = FakeRank()
+    clock = FakeClock()
+    loop = EngineLoop(rank.scheduler, rank.runner, clock=clock, sanity_check_s=30.0)
+    looks: list[float] = []
+    rank.cache.sanity_check = lambda: looks.append(clock.now_s) or []
+    loop.post(RequestArrived(Request("r", tokens_of(PROMPT), SamplingParams(max_new_tokens=60, ignore_eos=True))))
+    start_s = clock.now_s
+    for _ in range(40):
+        loop.turn()
+        clock.now_s += 10.0
+    assert [look - start_s for look in looks] == [300.0]
+
+
 # -------------------------------------------------------------------------------------------------------- whole answers
 def requests_of(*lengths: int) -> list[Request]:
     return [
