@@ -145,11 +145,19 @@ def submit_job(server: Server, folder: Path) -> dict[str, Any]:
     (folder / "job.py").write_text(JOB)
     env = server.env | server.exports()
     ray = str(Path(sys.executable).parent / "ray")
-    done = subprocess.run(
-        [ray, "job", "submit", "--address", f"http://127.0.0.1:{server.dashboard_port}", "--working-dir", ".",
-         "--", "python", "job.py"],
-        cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    command = [ray, "job", "submit", "--address", f"http://127.0.0.1:{server.dashboard_port}", "--working-dir", ".",
+               "--", "python", "job.py"]  # fmt: skip
+    tries: list[subprocess.CompletedProcess[str]] = []
+
+    def is_taken() -> bool:
+        """Ray's own agent, which starts jobs, may come up seconds after the server."""
+        tries.append(
+            subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False)
+        )
+        return "No available agent to submit job" not in tries[-1].stderr
+
+    until(is_taken, 60, "Ray takes jobs")
+    done = tries[-1]
     lines = [line for line in done.stdout.splitlines() if "ANSWERS " in line]
     assert done.returncode == 0, done.stdout + done.stderr
     assert lines, done.stdout + done.stderr
