@@ -65,7 +65,7 @@ class HostTier:
         self.page = page
         self.table = SlotTable(arena.slots, store)
         self.index = HostIndex(arena.index, store)
-        self._pages = arena.pages
+        self.arena = arena
         self._max_leased = max_leased
         inventory = adopt(self.table, self.index, processes)
         #: slots without a page
@@ -148,7 +148,7 @@ class HostTier:
         if not self._is_committed(ref):
             return False
         entry = self.table.entry(ref.slot)
-        if page_checksum(self._pages[ref.slot], entry.seed()) == entry.checksum:
+        if page_checksum(self.arena.pages[ref.slot], entry.seed()) == entry.checksum:
             return False
         self.order.discard(ref.slot)
         self._unlink(ref.slot)
