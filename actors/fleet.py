@@ -46,9 +46,16 @@ class _Seat:
 
     member: Member
     link: Link
+    #: connections that failed since the last one that was made
     num_failures: int = 0
     #: set while the connection is down and will be tried again
     retry: asyncio.TimerHandle | None = None
+
+    @property
+    def is_usable(self) -> bool:
+        """A first connection is as good as made; one after a failure must be made first: a frozen process answers
+        connects (its kernel does) and nothing else."""
+        return self.num_failures == 0 and not self.link.is_lost
 
 
 class Fleet:
@@ -89,7 +96,7 @@ class Fleet:
 
     def members(self) -> Membership:
         """The newest membership known, without the ranks that this process cannot reach now."""
-        usable = tuple(seat.member for seat in self._seats.values() if not seat.link.is_lost)
+        usable = tuple(seat.member for seat in self._seats.values() if seat.is_usable)
         return replace(self._membership, members=usable)
 
     def loads(self) -> dict[str, MemberLoad]:
@@ -106,8 +113,8 @@ class Fleet:
         Raises RankLost when the rank is unknown, refuses or dies; outputs that arrived before come first.
         """
         seat = self._seats.get(incarnation)
-        if seat is None:
-            raise RankLost(f"rank {incarnation} is no longer a member")
+        if seat is None or not seat.is_usable:
+            raise RankLost("the rank is not reachable any more")
         link = seat.link
         stream = link.open(request)
         try:

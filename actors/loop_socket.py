@@ -30,6 +30,8 @@ def new_socket(context: zmq.Context[Any], kind: int) -> Socket:
     socket.heartbeat_ivl = HEARTBEAT_MS
     socket.heartbeat_timeout = HEARTBEAT_TIMEOUT_MS
     socket.heartbeat_ttl = HEARTBEAT_TIMEOUT_MS
+    # A frozen process accepts connections and never greets.
+    socket.handshake_ivl = HEARTBEAT_TIMEOUT_MS
     return socket
 
 

@@ -59,6 +59,53 @@ class ControlMetrics:
         self._ranks.set(num_lost, {"state": "lost"})
 
 
+class ApiMetrics:
+    """What one Api replica reports."""
+
+    def __init__(self) -> None:
+        self._inflight = Gauge("tidegate_api_inflight_sequences", "From admission to the end of the stream.")
+        self._sequences = Counter(
+            "tidegate_api_sequences", "Sequences sent to ranks, by attempt.", tag_keys=("attempt",)
+        )
+        self._stale = Counter(
+            "tidegate_stale_answers", "Answers stopped because they rested on KV below a known floor; never one."
+        )
+        self._tokens = Gauge("tidegate_api_inflight_tokens", "Tokens of these, prompts and outputs so far.")
+        self._dropped = Counter("tidegate_api_dropped_frames", "Frames of another incarnation or attempt.")
+        self._lost = Counter("tidegate_api_lost_connections", "Connections to ranks that broke.")
+        self._responses = Counter("tidegate_http_responses", "HTTP responses begun.", tag_keys=("route", "status"))
+        self._seen: dict[tuple[str, ...], int] = {}
+
+    def report(
+        self,
+        num_inflight: int,
+        *,
+        num_inflight_tokens: int,
+        num_sequences: int,
+        num_resent: int,
+        num_stale: int,
+        num_dropped_frames: int,
+        num_lost_connections: int,
+        responses: Mapping[tuple[str, int], int],
+    ) -> None:
+        """Bring everything up to these totals; called on a timer. responses: (route, status) -> number."""
+        self._inflight.set(num_inflight)
+        self._add(self._sequences, num_sequences, attempt="first")
+        self._add(self._sequences, num_resent, attempt="again")
+        self._add(self._stale, num_stale)
+        self._tokens.set(num_inflight_tokens)
+        self._add(self._dropped, num_dropped_frames)
+        self._add(self._lost, num_lost_connections)
+        for (route, status), number in responses.items():
+            self._add(self._responses, number, route=route, status=str(status))
+
+    def _add(self, counter: Counter, total: int, **labels: str) -> None:
+        series = (counter.info["name"], *labels.values())
+        # As in RankMetrics: a series that begins with its first event hides that event from rate().
+        counter._record(total - self._seen.get(series, 0), tags=labels)
+        self._seen[series] = total
+
+
 class RankMetrics:
     """What one rank reports. Counters come from the engine's snapshots, so no step pays for them."""
 

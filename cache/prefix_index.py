@@ -4,7 +4,7 @@ Edges are contiguous int32 token bytes, so a whole edge is verified by one memcm
 one edge where paths part. A match changes nothing; edges are split on insert only. Positions (`start`, `stop`, `limit`)
 are in token bytes and whole pages.
 
-After RadixAttention (SGLang, arXiv 2312.07104); tricks and figures: docs/decisions/0003-prefix-index.md.
+After RadixAttention (SGLang, arXiv 2312.07104); tricks and figures: docs/decisions/0001-prefix-index.md.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Final
 
 import numpy as np
 
+from cache.dropped import DroppedParts
 from cache.eviction import EvictionQueue
 from cache.node_table import NO_CHILDREN, NO_NODE, NodeId, NodeTable
 from cache.pages import PAGE_ID_BYTES, PageIds
-from cache.stems import Space, StemId, StemTable
+from cache.stems import StemId, StemIds, StemTable
 from cache.types import TOKEN_BYTES, Namespace, TokenBytes
 from configs.errors import InvariantError
 
@@ -29,12 +30,11 @@ _GROW_SHARE: Final = 8
 
 class PrefixIndex:
     """Maps (namespace, tokens) to pages. It owns the pages that were inserted until it returns them by `evict`,
-    `release_detached` or `take_pages`; it never allocates one.
+    `dropped.release` or `take_pages`; it never allocates one.
     """
 
     __slots__ = (
-        "_tick", "detached", "num_detached", "num_pages", "num_pinned", "page_bytes", "queue", "spaces", "stems",
-        "table",
+        "_tick", "dropped", "num_pages", "num_pinned", "page_bytes", "queue", "spaces", "stems", "table",
     )  # fmt: skip
 
     def __init__(self, page_size: int) -> None:
@@ -42,15 +42,13 @@ class PrefixIndex:
         self.table = NodeTable()
         self.queue = EvictionQueue(self.table)
         self.stems = StemTable()
-        self.spaces: dict[Namespace, Space] = {}
+        self.dropped = DroppedParts(self.table, self.queue, self.stems)
+        #: namespaces that link to something
+        self.spaces = self.stems.by_namespace
         #: pages that can be matched
         self.num_pages = 0
         #: of these, pages of nodes with owners
         self.num_pinned = 0
-        #: pages of dropped parts that were not taken apart yet: unreachable, unowned, as good as free
-        self.num_detached = 0
-        #: links into dropped parts, taken apart by `release_detached`; empty dicts come off last
-        self.detached: list[dict[bytes, NodeId]] = []
         #: order of uses; not a clock
         self._tick = 1
 
@@ -65,7 +63,12 @@ class PrefixIndex:
         The match may end inside the node's edge. Changes nothing. One dict get and one memcmp an edge.
         """
         space = self.spaces.get(namespace)
-        return self._walk(space.tops, NO_NODE, 0, tokens, limit) if space is not None else (NO_NODE, 0)
+        if space is None:
+            return NO_NODE, 0
+        node, end = self._walk(space.tops, NO_NODE, 0, tokens, limit)
+        if node >= 0 and self.dropped.marked and self.stems.is_dropped(self.stem_of(node)):
+            return NO_NODE, 0
+        return node, end
 
     def path_pages(self, node: NodeId, stop: int) -> PageIds:
         """Pages of the sequence up to `stop`, which lies in the node's edge. O(edges) and one copy."""
@@ -79,9 +82,9 @@ class PrefixIndex:
         return b"".join(parts)[: stop // self.page_bytes * PAGE_ID_BYTES]
 
     def pin(self, node: NodeId) -> None:
-        """The node and all above it are not evicted until `unpin`. O(1): stops at the first node that has owners.
+        """The node and all above it are not evicted until `unpin`. It stops at the first node that has owners: O(1) on a path in use.
 
-        (It goes further up only through nodes nobody used, which keeps the number of pinned pages exact.)
+        (Going up through nodes nobody used keeps the number of pinned pages exact.)
         """
         owners, parents, pages = self.table.owners, self.table.parents, self.table.pages
         above: int = node
@@ -93,7 +96,7 @@ class PrefixIndex:
             above = parents[above]
 
     def unpin(self, node: NodeId) -> None:
-        """Undo one `pin`, and stamp the node as used now. O(1) like it."""
+        """Undo one `pin`, and stamp the node as used now."""
         owners, parents, pages = self.table.owners, self.table.parents, self.table.pages
         self._tick += 1
         self.table.used[node] = self._tick
@@ -140,6 +143,9 @@ class PrefixIndex:
         node = NodeId(above)
         if table.end(node) == start:
             return self._walk(table.children[node], node, start, tokens, stop)
+        cut, edge = start - table.starts[node], table.edges[node]
+        if edge[cut : cut + self.page_bytes] != tokens[start : start + self.page_bytes]:
+            return node, start
         return self._walk(self._siblings(node), NO_NODE, table.starts[node], tokens, stop)
 
     def _walk(
@@ -152,20 +158,20 @@ class PrefixIndex:
                 return node, pos
             edge = edges[child]
             if not tokens.startswith(edge, pos):
-                return child, min(limit, pos + self._common(edge, tokens, pos))
+                return child, pos + self._common(edge, tokens, pos, limit)
             node = child
             pos += len(edge)
             children = links[child]
         return node, min(pos, limit)
 
-    def _common(self, edge: TokenBytes, tokens: TokenBytes, pos: int) -> int:
-        """Bytes, in whole pages, that `edge` and tokens[pos:] have in common."""
-        num_tokens = min(len(edge), len(tokens) - pos) // TOKEN_BYTES
-        ours = np.frombuffer(edge, np.int32, num_tokens)
-        differs = ours != np.frombuffer(tokens, np.int32, num_tokens, pos)
-        first = int(differs.argmax())
-        num_equal = first if differs[first] else num_tokens
-        return num_equal * TOKEN_BYTES // self.page_bytes * self.page_bytes
+    def _common(self, edge: TokenBytes, tokens: TokenBytes, pos: int, limit: int) -> int:
+        """Bytes, in whole pages, that `edge` and tokens[pos:limit] have in common; they are known to part or end."""
+        num_bytes = min(len(edge), limit - pos)
+        if num_bytes < len(edge) and tokens.startswith(memoryview(edge)[:num_bytes], pos):
+            return num_bytes  # the tokens end inside the edge: a prompt whose answer is cached with it
+        num_tokens = num_bytes // TOKEN_BYTES
+        differs = np.frombuffer(edge, np.int32, num_tokens) != np.frombuffer(tokens, np.int32, num_tokens, pos)
+        return int(differs.argmax()) * TOKEN_BYTES // self.page_bytes * self.page_bytes
 
     def _add(
         self, namespace: Namespace, handle: NodeId, node: NodeId, pos: int, edge: TokenBytes, pages: PageIds,
@@ -194,8 +200,7 @@ class PrefixIndex:
     ) -> NodeId:
         table = self.table
         if parent < 0:
-            siblings = self.spaces.setdefault(namespace, Space()).tops
-            parent = ~self.stems.add(namespace, birth_s)
+            siblings, parent = self._new_stem(namespace, edge[: self.page_bytes], birth_s)
         else:
             siblings = table.children[parent]
             if siblings is NO_CHILDREN:
@@ -224,9 +229,9 @@ class PrefixIndex:
 
         Pages of nodes with owners stay. Returns the pages, which are the caller's; fewer than asked when nothing
         evictable is left. The last leaf loses only the part that is needed.
-        Call it only when `release_detached` has nothing left: pages that are as good as free go first.
+        Call it only when nothing is left in `dropped`: pages that are as good as free go first.
         """
-        if self.detached:
+        if self.dropped:
             raise InvariantError("eviction while dropped pages wait to be freed")
         out: list[PageIds] = []
         while num_pages > 0 and (node := self.queue.pop()) >= 0:
@@ -249,16 +254,16 @@ class PrefixIndex:
     def _remove(self, leaf: NodeId) -> PageIds:
         table, pages, parent = self.table, self.table.pages[leaf], self.table.parents[leaf]
         stem = self.stem_of(leaf)
-        del self._siblings(leaf)[table.edges[leaf][: self.page_bytes]]
         self._count(stem, -(len(pages) // PAGE_ID_BYTES))
         if parent >= 0:
             above = NodeId(parent)
-            table.used[above] = max(table.used[above], table.used[leaf])
+            del table.children[above][table.edges[leaf][: self.page_bytes]]
             if not table.children[above]:
                 table.children[above] = NO_CHILDREN
                 self.queue.offer(above)
         else:
-            self._release_stem(stem)
+            self.stems.unlink(stem)
+            self.stems.release(stem)
         table.release(leaf)
         return pages
 
@@ -271,42 +276,41 @@ class PrefixIndex:
             above = parents[above]
         return StemId(~above)
 
-    def iter_tops(self) -> Iterator[tuple[Namespace, bytes, NodeId]]:
-        """(namespace, first page, node) of every stem."""
-        for namespace, space in self.spaces.items():
-            for first_page, top in space.tops.items():
-                yield namespace, first_page, top
-
     def birth_of(self, node: NodeId) -> float:
         """Seconds; the chain that ends here holds no KV computed earlier. O(depth)."""
         return self.stems.births[self.stem_of(node)]
 
-    def num_stem_pages(self, namespace: Namespace, first_page: bytes) -> int:
-        return self.stems.num_pages[self.stem_of(self.spaces[namespace].tops[first_page])]
+    def tops(self) -> Iterator[tuple[Namespace, NodeId]]:
+        """(namespace, first node) of every stem that can be matched."""
+        for namespace, space in self.spaces.items():
+            for top in space.tops.values():
+                if not self.stems.is_dropped(self.stem_of(top)):
+                    yield namespace, top
 
-    def detach_space(self, namespace: Namespace) -> int:
-        """Cut a whole namespace off. Its pages count as detached until released; returns how many. O(1)."""
-        space = self.spaces.pop(namespace, None)
+    def stems_with(self, namespace: Namespace, start: TokenBytes) -> list[StemId]:
+        """Stems of the namespace whose first page begins with `start`; O(1) if that is a whole page."""
+        space = self.spaces.get(namespace)
         if space is None:
-            return 0
-        return self._detach(space.tops, space.num_pages)
+            return []
+        if len(start) == self.page_bytes:
+            tops = [space.tops[start]] if start in space.tops else []
+        else:
+            tops = [top for first_page, top in space.tops.items() if first_page.startswith(start)]
+        return [self.stem_of(top) for top in tops]
 
-    def detach_stem(self, namespace: Namespace, first_page: bytes) -> int:
-        """Cut off what begins with `first_page`; returns the number of its pages. O(1)."""
-        space = self.spaces[namespace]
-        top = space.tops[first_page]
-        stem = self.stem_of(top)
-        num_pages = self.stems.num_pages[stem]
-        del space.tops[first_page]
-        space.num_pages -= num_pages
-        if not space.tops:
-            del self.spaces[namespace]
-        return self._detach({first_page: top}, num_pages)
+    def drop(self, stems: StemIds) -> int:
+        """Nothing of these stems can be matched from now on; nothing in them may have owners any more.
+
+        Their pages are in `dropped` until it releases them. Returns how many. No node is touched.
+        """
+        num_pages = self.dropped.drop(stems)
+        self.num_pages -= num_pages
+        return num_pages
 
     def take_pages(self, node: NodeId) -> PageIds:
         """Move the pages of a pinned node out of the index for good: they go on as fenced pages, owned elsewhere.
 
-        The caller detaches the node, or gives the whole index up, before anything is matched.
+        The caller drops the node's stem, or gives the whole index up, before anything is matched.
         """
         pages = self.table.pages[node]
         num_pages = len(pages) // PAGE_ID_BYTES
@@ -316,38 +320,12 @@ class PrefixIndex:
         self._count(self.stem_of(node), -num_pages)
         return pages
 
-    def release_detached(self, budget: int, out: list[PageIds]) -> int:
-        """Take detached parts apart, `budget` nodes at most; their pages are appended to `out` and the caller's.
-
-        Returns what is left of the budget; 0: call again.
-        """
-        table = self.table
-        while budget > 0 and self.detached:
-            links = self.detached[-1]
-            if not links:
-                self.detached.pop()
-                continue
-            node = links.popitem()[1]
-            if table.children[node]:
-                self.detached.append(table.children[node])
-            if table.parents[node] < 0:
-                self.stems.release(StemId(~table.parents[node]))
-            self._free_detached(node, out)
-            budget -= 1
-        return budget
-
     def shrink(self, budget: int) -> int:
         """Take apart an index that nobody uses any more; returns what is left of the budget (0: call again)."""
         while budget > 0 and self.spaces:
-            self.detached.append(self.spaces.popitem()[1].tops)
+            self.dropped.unlinked.append(self.spaces.popitem()[1].tops)
             budget -= 1
-        while budget > 0 and self.detached:
-            links = self.detached[-1]
-            if links:
-                links.popitem()
-                budget -= 1
-            else:
-                self.detached.pop()
+        budget = self.dropped.forget(budget)
         budget = self.table.shrink(budget)
         budget = self.queue.shrink(budget)
         return self.stems.shrink(budget)
@@ -356,35 +334,19 @@ class PrefixIndex:
     def _siblings(self, node: NodeId) -> dict[bytes, NodeId]:
         """The dict that links to the node."""
         parent = self.table.parents[node]
-        if parent >= 0:
-            return self.table.children[parent]
-        return self.spaces[self.stems.namespaces[~parent]].tops
+        return self.table.children[parent] if parent >= 0 else self.stems.spaces[~parent].tops
 
     def _count(self, stem: StemId, num_pages: int) -> None:
         self.num_pages += num_pages
         self.stems.num_pages[stem] += num_pages
-        self.spaces[self.stems.namespaces[stem]].num_pages += num_pages
 
-    def _release_stem(self, stem: StemId) -> None:
-        namespace = self.stems.namespaces[stem]
-        if not self.spaces[namespace].tops:
-            del self.spaces[namespace]
-        self.stems.release(stem)
-
-    def _detach(self, links: dict[bytes, NodeId], num_pages: int) -> int:
-        self.detached.append(links)
-        self.num_pages -= num_pages
-        self.num_detached += num_pages
-        return num_pages
-
-    def _free_detached(self, node: NodeId, out: list[PageIds]) -> None:
-        table = self.table
-        if pages := table.pages[node]:
-            self.num_detached -= len(pages) // PAGE_ID_BYTES
-            out.append(pages)
-        if table.is_queued[node]:
-            self.queue.note_dead()
-        table.release(node)
+    def _new_stem(self, namespace: Namespace, first_page: bytes, birth_s: float) -> tuple[dict[bytes, NodeId], int]:
+        """The dict that is to link to its first node, and that node's parent."""
+        space = self.stems.space_for(namespace)
+        if first_page in space.tops:  # of a dropped stem that is linked still
+            self.dropped.unlink(self.stem_of(space.tops[first_page]))
+            space = self.stems.space_for(namespace)
+        return space.tops, ~self.stems.add(space, first_page, birth_s)
 
 
 def _grows_in_place(edge_bytes: int, fresh_bytes: int) -> bool:

@@ -2,182 +2,196 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cache.fence import FencedSpan
 from cache.node_table import NO_CHILDREN, NodeId
-from cache.pages import PAGE_ID_BYTES
+from cache.pages import PAGE_ID_BYTES, PageIds
 from cache.prefix_index import PrefixIndex
 
 if TYPE_CHECKING:
     from cache.device_cache import DeviceCache
+    from cache.page_hold import PageHold
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """The cache as read once."""
+
+    cache: DeviceCache
+    index: PrefixIndex
+    #: nodes that can be matched, parents before children
+    live: list[NodeId]
+    #: nodes of dropped stems
+    dropped: list[NodeId]
+    spans: list[FencedSpan]
+
+    def pages_of(self, nodes: list[NodeId]) -> list[PageIds]:
+        return list(map(self.index.table.pages.__getitem__, nodes))
 
 
 def violations(cache: DeviceCache) -> list[str]:
     """What is wrong with the cache, in words; empty when sound. O(pages)."""
     index = cache.index
-    return [*_page_owners(cache), *_tree(index), *_totals(index), *_pins(cache), *_queue(index), *_holds(cache)]
+    live = _subtrees(index, [top for _, top in index.tops()])
+    view = _View(cache, index, live, _subtrees(index, _dropped_tops(index)), _spans(cache))
+    checks = (_page_states, _counts, _tree, _stems, _pins, _queue, _holds)
+    return [violation for check in checks for violation in check(view)]
 
 
-def _page_owners(cache: DeviceCache) -> Iterator[str]:
-    """Each page has exactly one state, and the counters say how many are in which."""
-    index = cache.index
-    spans = _spans(cache)
-    private = [hold.private_pages() for hold in cache.holds]
-    live = list(_live_nodes(index))
-    detached = list(_detached_nodes(index))
-    cached = [index.table.pages[node] for node in live]
-    pending = [index.table.pages[node] for node in detached]
+def _page_states(view: _View) -> Iterator[str]:
+    """Each page has exactly one state."""
+    cache = view.cache
+    parts = [hold.private_pages() for hold in cache.holds] + [span.pages for span in view.spans]
+    parts += view.pages_of(view.live) + view.pages_of(view.dropped)
     free = cache.pool.free_pages()
-    owned = np.frombuffer(b"".join(private + [span.pages for span in spans] + cached + pending), np.int32)
-    every_page = np.concatenate((free, owned))
-    uses = np.bincount(every_page, minlength=cache.num_pages)
+    uses = np.bincount(np.concatenate((free, np.frombuffer(b"".join(parts), np.int32))), minlength=cache.num_pages)
     if len(uses) > cache.num_pages or (uses != 1).any():
         yield f"pages without exactly one state: {np.flatnonzero(uses != 1)[:8].tolist()}"
-    counts = cache.counts()
-    num_pinned = sum(len(index.table.pages[node]) for node in live if index.table.owners[node]) // PAGE_ID_BYTES
-    num_fenced = sum(span.num_pages for span in spans) + _num_private(cache, is_fenced=True)
-    seen = (len(free) + sum(map(len, pending)) // PAGE_ID_BYTES, num_pinned, _num_private(cache, False), num_fenced)
-    if seen != (counts.free, counts.pinned, counts.private, counts.fenced):
-        yield f"(free, pinned, private, fenced) are {seen}, counted as {counts}"
     if len(free) != cache.pool.num_free:
         yield f"{len(free)} free pages, counted as {cache.pool.num_free}"
-    total = counts.free + counts.cached + counts.pinned + counts.private + counts.fenced
-    if total != cache.num_pages:
-        yield f"states sum to {total} of {cache.num_pages} pages"
 
 
-def _tree(index: PrefixIndex) -> Iterator[str]:
+def _counts(view: _View) -> Iterator[str]:
+    """The counters say how many pages are in which state."""
+    cache, index, counts = view.cache, view.index, view.cache.counts()
+    pinned = [node for node in view.live if index.table.owners[node]]
+    found = {
+        "free": cache.pool.num_free + _num_pages(view.pages_of(view.dropped)),
+        "cached": _num_pages(view.pages_of(view.live)) - _num_pages(view.pages_of(pinned)),
+        "pinned": _num_pages(view.pages_of(pinned)),
+        "private": sum(hold.num_private_pages for hold in cache.holds if not hold.is_fenced),
+        "fenced": sum(hold.num_private_pages for hold in cache.holds if hold.is_fenced)
+        + _num_pages([span.pages for span in view.spans]),
+    }
+    for state, num_pages in found.items():
+        if getattr(counts, state) != num_pages:
+            yield f"{num_pages} {state} pages, counted as {getattr(counts, state)}"
+    if sum(found.values()) != cache.num_pages:
+        yield f"states sum to {sum(found.values())} of {cache.num_pages} pages"
+
+
+def _tree(view: _View) -> Iterator[str]:
     """Links, edges and positions agree."""
-    table = index.table
-    for links, parent, start in _all_links(index):
-        for first_page, node in links.items():
-            edge = table.edges[node]
-            if not edge or len(edge) % index.page_bytes or edge[: index.page_bytes] != first_page:
-                yield f"node {node}: its edge does not begin with the page that leads to it"
-            if len(table.pages[node]) * index.page_bytes != len(edge) * PAGE_ID_BYTES:
-                yield f"node {node}: {len(edge)} token bytes in {len(table.pages[node])} page bytes"
-            if table.starts[node] != start or (table.parents[node] != parent if parent >= 0 else False):
-                yield f"node {node}: parent {table.parents[node]} at {table.starts[node]}, not {parent} at {start}"
+    index, table = view.index, view.index.table
+    tokens_per_page = index.page_bytes // PAGE_ID_BYTES
+    for node in view.live:
+        edge, parent = table.edges[node], table.parents[node]
+        links = table.children[parent] if parent >= 0 else index.stems.spaces[~parent].tops
+        if not edge or links.get(edge[: index.page_bytes]) != node:
+            yield f"node {node}: the page that leads to it is not its first"
+        if len(table.pages[node]) * tokens_per_page != len(edge):
+            yield f"node {node}: {len(edge)} token bytes in {len(table.pages[node])} page bytes"
+        if table.starts[node] != (table.end(NodeId(parent)) if parent >= 0 else 0):
+            yield f"node {node}: begins at {table.starts[node]}, not where its parent {parent} ends"
     if NO_CHILDREN:
         yield "the shared empty dict of leaves was written to"
+    num_nodes = len(view.live) + len(view.dropped)
+    if not num_nodes <= len(table) <= num_nodes + len(index.queue):
+        yield f"{len(table)} rows in use for {num_nodes} nodes"
 
 
-def _totals(index: PrefixIndex) -> Iterator[str]:
-    """Pages per stem, namespace and index are what the nodes hold."""
-    table, total = index.table, 0
+def _stems(view: _View) -> Iterator[str]:
+    """Pages of a stem are what its nodes hold."""
+    index, found = view.index, Counter[int]()
+    stem_of: dict[int, int] = {}
+    for node in view.live:
+        parent = index.table.parents[node]
+        stem_of[node] = stem = ~parent if parent < 0 else stem_of[parent]
+        found[stem] += len(index.table.pages[node]) // PAGE_ID_BYTES
+    counted = {stem: num_pages for stem, num_pages in enumerate(index.stems.num_pages) if num_pages}
+    if found != counted:
+        wrong = sorted(stem for stem in found.keys() | counted.keys() if found[stem] != counted.get(stem))
+        yield f"pages of stems {wrong[:8]} are miscounted"
+    if index.num_pages != found.total():
+        yield f"{found.total()} pages in the index, counted as {index.num_pages}"
     for namespace, space in index.spaces.items():
-        if not space.tops:
-            yield f"namespace {namespace!r} is empty but kept"
-        in_space = 0
-        for top in space.tops.values():
-            stem = index.stem_of(top)
-            num_pages = sum(len(table.pages[node]) for node in _subtree(index, top)) // PAGE_ID_BYTES
-            if index.stems.num_pages[stem] != num_pages or index.stems.namespaces[stem] != namespace:
-                yield f"stem {stem} of {namespace!r}: {num_pages} pages, counted as {index.stems.num_pages[stem]}"
-            in_space += num_pages
-        if space.num_pages != in_space:
-            yield f"namespace {namespace!r}: {in_space} pages, counted as {space.num_pages}"
-        total += in_space
-    if index.num_pages != total:
-        yield f"{total} cached pages, counted as {index.num_pages}"
-    num_rows = len(list(_live_nodes(index))) + len(list(_detached_nodes(index)))
-    if not num_rows <= len(table) <= num_rows + len(index.queue):
-        yield f"{len(table)} rows in use for {num_rows} nodes"
+        if not space.tops or space.namespace != namespace:
+            yield f"namespace {namespace!r} is empty but kept, or under another's name"
 
 
-def _pins(cache: DeviceCache) -> Iterator[str]:
+def _pins(view: _View) -> Iterator[str]:
     """A node's owners are the holds that pin it and its children with owners."""
-    index = cache.index
-    pins: dict[int, int] = {}
-    for hold in cache.holds:
-        if hold.node >= 0:
-            pins[hold.node] = pins.get(hold.node, 0) + 1
-    for node in _live_nodes(index):
-        above = [child for child in index.table.children[node].values() if index.table.owners[child]]
-        expected = pins.pop(node, 0) + len(above)
-        if index.table.owners[node] != expected:
-            yield f"node {node}: {index.table.owners[node]} owners, should be {expected}"
-    if pins:
-        yield f"pinned nodes {sorted(pins)} are not in the index"
+    table = view.index.table
+    owners = Counter[int](hold.node for hold in view.cache.holds if hold.node >= 0)
+    for node in reversed(view.live):  # children before parents
+        if table.owners[node] != owners[node]:
+            yield f"node {node}: {table.owners[node]} owners, should be {owners[node]}"
+        if table.owners[node]:
+            owners[table.parents[node]] += 1
+    if pinned_elsewhere := owners.keys() - set(view.live) - {parent for parent in owners if parent < 0}:
+        yield f"pinned nodes {sorted(pinned_elsewhere)[:8]} are not in the index"
 
 
-def _queue(index: PrefixIndex) -> Iterator[str]:
+def _queue(view: _View) -> Iterator[str]:
     """Whatever is evictable can be found."""
-    table = index.table
-    entries = index.queue.nodes()
+    table, entries = view.index.table, view.index.queue.nodes()
     if len(entries) != len(set(entries)):
         yield "a node has two entries in the eviction queue"
-    if set(entries) != {node for node in range(len(table.edges)) if table.is_queued[node]}:
+    if set(entries) != {node for node, is_queued in enumerate(table.is_queued) if is_queued}:
         yield "the eviction queue and the nodes' marks differ"
-    for node in _live_nodes(index):
+    for node in view.live:
         if not (table.children[node] or table.owners[node] or table.is_queued[node]):
             yield f"node {node} is an evictable leaf without an entry in the eviction queue"
 
 
-def _holds(cache: DeviceCache) -> Iterator[str]:
+def _holds(view: _View) -> Iterator[str]:
     """Holds point at their own pages, and no fenced hold has a way back into the index."""
+    cache = view.cache
     for hold in cache.holds:
         if hold.is_closed:
             yield "a closed hold is among the open ones"
-        if hold.generation != cache.generation and not hold.is_fenced:
-            yield "a hold of an earlier generation is not fenced"
         if hold.is_fenced:
             if hold.node >= 0:
                 yield "a fenced hold pins the index"
-            continue
-        if hold.epoch != cache.epoch or hold.span is not None:
-            yield "a hold that may publish is of another epoch, or owns fenced pages"
-        if hold.num_shared_pages:
-            yield from _shared_part(cache.index, hold.node, hold.page_table, hold.num_shared_pages)
+        elif hold.generation != cache.generation or hold.epoch != cache.epoch or hold.span is not None:
+            yield "a hold of another generation or epoch, or of fenced pages, is not fenced"
+        elif hold.num_shared_pages:
+            yield from _shared_part(view.index, hold)
 
 
-def _shared_part(index: PrefixIndex, node: NodeId, table: np.ndarray, num_shared: int) -> Iterator[str]:
-    stop = num_shared * index.page_bytes
-    if not index.table.starts[node] < index.table.end(node) >= stop:
-        yield f"a hold shares {num_shared} pages; its node {node} ends before"
-    if index.path_pages(node, stop) != table[:num_shared].tobytes():
-        yield f"the shared pages of a hold are not those of its node {node}"
+def _shared_part(index: PrefixIndex, hold: PageHold) -> Iterator[str]:
+    stop = hold.shared_bytes()
+    if hold.node < 0 or index.table.end(hold.node) < stop:
+        yield f"a hold shares {hold.num_shared_pages} pages; its node {hold.node} ends before"
+    elif index.path_pages(hold.node, stop) != hold.page_table[: hold.num_shared_pages].tobytes():
+        yield f"the shared pages of a hold are not those of its node {hold.node}"
+    elif index.birth_of(hold.node) > hold.opened_s:
+        yield f"node {hold.node} is pinned by an older hold than its stem's birth tells"
 
 
-def _num_private(cache: DeviceCache, is_fenced: bool) -> int:
-    return sum(hold.num_private_pages for hold in cache.holds if hold.is_fenced == is_fenced)
+def _num_pages(parts: list[PageIds]) -> int:
+    return sum(map(len, parts)) // PAGE_ID_BYTES
 
 
 def _spans(cache: DeviceCache) -> list[FencedSpan]:
     found: dict[int, FencedSpan] = {}
     for hold in cache.holds:
         span = hold.span
-        while span is not None:
+        while span is not None and id(span) not in found:
             found[id(span)] = span
             span = span.above
     return list(found.values())
 
 
-def _subtree(index: PrefixIndex, node: NodeId) -> Iterator[NodeId]:
-    waiting = [node]
-    while waiting:
-        node = waiting.pop()
-        yield node
-        waiting.extend(index.table.children[node].values())
+def _subtrees(index: PrefixIndex, nodes: list[NodeId]) -> list[NodeId]:
+    """These nodes and all below them, parents before children. `nodes` is extended and returned."""
+    children = index.table.children
+    for node in nodes:
+        if children[node]:
+            nodes.extend(children[node].values())
+    return nodes
 
 
-def _live_nodes(index: PrefixIndex) -> Iterator[NodeId]:
-    for _, _, top in index.iter_tops():
-        yield from _subtree(index, top)
-
-
-def _detached_nodes(index: PrefixIndex) -> Iterator[NodeId]:
-    for links in index.detached:
-        for node in links.values():
-            yield from _subtree(index, node)
-
-
-def _all_links(index: PrefixIndex) -> Iterator[tuple[dict[bytes, NodeId], int, int]]:
-    for space in index.spaces.values():
-        yield space.tops, -1, 0
-    for node in _live_nodes(index):
-        yield index.table.children[node], node, index.table.end(node)
+def _dropped_tops(index: PrefixIndex) -> list[NodeId]:
+    """First nodes of everything dropped: unlinked ones, and those that are linked still."""
+    stems = index.stems
+    linked = [top for space in index.spaces.values() for top in space.tops.values()]
+    return [node for links in index.dropped.unlinked for node in links.values()] + [
+        top for top in linked if stems.is_dropped(index.stem_of(top))
+    ]

@@ -46,11 +46,15 @@ def count_cores() -> int:
 def count_gpus(visible: str | None) -> int:
     """NVIDIA GPUs of this machine that may be used. Asks the kernel, not CUDA: no context, no library, no second."""
     present = len(list(_GPUS.iterdir())) if _GPUS.is_dir() else 0
+    return visible_of(present, visible)
+
+
+def visible_of(present: int, visible: str | None) -> int:
+    """How many of `present` GPUs CUDA_VISIBLE_DEVICES leaves. As CUDA reads it, a bad entry ends the list."""
     if visible is None:
         return present
-    # As CUDA reads it: the list ends at the first entry that is no device.
-    chosen = [entry.strip() for entry in visible.split(",")]
-    valid = next((i for i, entry in enumerate(chosen) if not entry or entry == "-1"), len(chosen))
+    entries = [entry.strip() for entry in visible.split(",")]
+    valid = next((i for i, entry in enumerate(entries) if not entry or entry.startswith("-")), len(entries))
     return min(present, valid)
 
 

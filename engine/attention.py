@@ -28,7 +28,7 @@ class AttentionStep(Protocol):
     """What a model's forward is given as `paged`: it decides what each layer's attention reads and writes."""
 
     def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scaling: float) -> Tensor:
-        """Output `[T, H, D]` of one layer. Rotary embedding is applied; key and value are of the step's tokens only."""
+        """Output `[T, H, D]` of one layer, contiguous. Key and value are of the step's tokens only."""
         ...
 
 

@@ -97,18 +97,20 @@ class PendingFlush:
         return self.verdict("timed_out", now_s, epoch, message, blockers=blockers)
 
     def refused_as_busy(self, now_s: float, epoch: int, blockers: Blockers) -> FlushVerdict:
-        """`timeout_s=0` met a busy engine."""
-        return self.verdict("refused", now_s, epoch, f"Not idle: {describe(blockers)}.", blockers=blockers)
+        """`timeout_s=0` met a busy engine, or one that did not wake up in time."""
+        named = describe(blockers)
+        message = f"Not idle: {named}." if named else "The engine did not look at it in time."
+        return self.verdict("refused", now_s, epoch, message, blockers=blockers)
 
 
 def describe(blockers: Blockers) -> str:
-    """What is in the way, in words: `2 running, 1 half-prefilled`."""
+    """What is in the way, in words: `2 running, 1 half-prefilled`; empty when nothing is."""
     parts = [
         (blockers.running, "running"),
         (blockers.half_prefilled, "half-prefilled"),
         (blockers.copies_in_flight, "copies in flight"),
     ]
-    return ", ".join(f"{count} {what}" for count, what in parts if count) or "nothing in the way"
+    return ", ".join(f"{count} {what}" for count, what in parts if count)
 
 
 class FlushTerms(Protocol):

@@ -81,6 +81,13 @@ def check_attention_config(config: PretrainedConfig, max_len: int) -> None:
                 f"{config.model_type}: {field} {window:,} is shorter than the context of {max_len:,} tokens "
                 f"(model.max_len: at most {window:,})"
             )
+    scale_from = getattr(text, "floor_scale", None)
+    if getattr(text, "attn_temperature_tuning", False) and scale_from is not None and scale_from < max_len:
+        # Llama 4 counts the row's tokens here, not the positions of each sequence
+        raise ConfigError(
+            f"{config.model_type}: attention is scaled by the place in the row beyond {scale_from:,} tokens "
+            f"(model.max_len: at most {scale_from:,})"
+        )
     for rope_type in _rope_types(getattr(text, "rope_parameters", None)):
         if rope_type in _ROW_DEPENDENT_ROPE:
             raise ConfigError(

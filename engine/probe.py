@@ -9,6 +9,8 @@ and is refused, whatever its configuration says.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,14 +76,12 @@ def probe_attention(model: PreTrainedModel, max_len: int) -> AttentionShape:
 
     Raises ConfigError, with the reason, when the model cannot be served through paged attention.
     """
-    plain = _plain_logits(model)
     recorder = _Recorder()
-    try:
+    with _refusing(model, "transformers itself cannot run it"):
+        plain = _plain_logits(model)
+    with _refusing(model, "it does not run over a ragged row"):
         model.set_attn_implementation(_PROBE_NAME)
         ragged = _ragged_logits(model, recorder)
-    except (ValueError, TypeError, AttributeError, IndexError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise _refusal(model, f"it does not run over a ragged row ({reason})") from error
     num_layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
     if sorted(recorder.shapes) != list(range(num_layers)):
         raise _refusal(model, f"{len(recorder.shapes)} of its {num_layers} layers use the attention interface")
@@ -110,12 +110,13 @@ def _probe_attention_function(
     **given: Any,
 ) -> tuple[Tensor, None]:
     """query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D]; each sequence causal, blind to the other."""
-    assert paged is not None
+    if paged is None:
+        raise ValueError("its layers do not hand keyword arguments on to attention")
     paged.note(module, query, key, value, given)
     outs: list[Tensor] = []
     for q, k, v in zip(*(tensor.split(_LENGTHS, dim=2) for tensor in (query, key, value)), strict=True):
         outs.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True))
-    return torch.cat(outs, dim=2).transpose(1, 2), None
+    return torch.cat(outs, dim=2).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(_PROBE_NAME, _probe_attention_function)
@@ -147,6 +148,16 @@ def _ragged_logits(model: PreTrainedModel, recorder: _Recorder) -> Tensor:
             paged=recorder,
         ).logits[0]
     return (logits if logits.shape[0] == len(_LENGTHS) else logits[last]).float()
+
+
+@contextmanager
+def _refusing(model: PreTrainedModel, what: str) -> Iterator[None]:
+    """Whatever a foreign model's forward raises means the same here: it cannot be served."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _refusal(model, f"{what} ({reason})") from error
 
 
 def _refusal(model: PreTrainedModel, reason: str) -> ConfigError:

@@ -76,7 +76,7 @@ class Roster:
         sequence = self.waiting.head
         if sequence is None or self.is_full:
             return None
-        if not self._admission.try_admit(sequence, len(self.running), now_s, may_match=self.lease_ok):
+        if not self._admission.try_admit(sequence, self.running, now_s, may_match=self.lease_ok):
             return None
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_by_age)

@@ -63,7 +63,7 @@ class Sequence:
         #: set when it was to be aborted while a step with it was out; it ends with that step
         self.abort_reason: str | None = None
         self.num_retractions = 0
-        #: ids that end it, once min_new_tokens were generated
+        #: ids that end it; banned from the sampler's choice until min_new_tokens were generated
         self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
         self.matched_stop: int | None = None
         #: a request without a seed gets one from its id, so that a replay of a run gives the same tokens
@@ -134,7 +134,7 @@ class Sequence:
         self.num_generated += 1
         if self.first_token_s is None:
             self.first_token_s = now_s - self.arrived_s
-        if token in self.stop_ids and self.num_generated > self.request.sampling.min_new_tokens:
+        if token in self.stop_ids:
             self.matched_stop = token
             return "stop"
         return "length" if self.num_tokens >= self.max_tokens else None

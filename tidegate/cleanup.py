@@ -1,6 +1,6 @@
 """The last one out: a small process that ends what a server started, however the server itself ended.
 
-Run as a program, alone and with the standard library only: `python -I -S cleanup.py ROOT RAY_TEMP MARK OWNER`.
+Run as a program, alone and with the standard library only: `python -I -S cleanup.py hold ROOT RAY_TEMP MARK OWNER`.
 Its standard input is a pipe from the server (OWNER): the kernel closes it when the server ends, by SIGKILL too. Then
 every process that the server started is killed and sockets that nobody listens on are removed from the state directory
 (ROOT) and from Ray's temporary folder (RAY_TEMP). As long as it runs it holds the lock of the state directory, so the
@@ -8,6 +8,8 @@ next server there waits for the end of this.
 
 Ray's processes end by themselves when their driver does, but some only after half a minute, and a stopped (SIGSTOP)
 worker, a job's process and files never.
+
+`cleanup.py wait PID STATUS` is what the server becomes at its end: it waits for the cleanup and exits with STATUS.
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ READY = "ready"
 BUSY = "busy"
 #: processes that fork while they are being killed are hunted for this long
 _HUNT_S = 6.0
+#: the cleanup needs less than _HUNT_S and some file operations
+_WAIT_S = 9
 #: how long an earlier server's cleanup is waited for; it needs less than _HUNT_S
 _LOCK_WAIT_S = 10
 
 
-def main(root: Path, ray_temp: Path, mark: str, owner: int) -> int:
+def hold(root: Path, ray_temp: Path, mark: str, owner: int) -> int:
     """Hold the lock while `owner` lives, then clean up. Exit status 1: the lock is another living server's."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -51,6 +55,19 @@ def main(root: Path, ray_temp: Path, mark: str, owner: int) -> int:
     for folder in {root, ray_temp}:
         sweep_sockets(folder)
     return 0
+
+
+def wait(cleanup: int, status: int) -> int:
+    """Wait for the child `cleanup`; `status` if it ends in time, else 1."""
+    signal.signal(signal.SIGALRM, _too_long)
+    signal.alarm(_WAIT_S)
+    try:
+        os.waitpid(cleanup, 0)
+        return status
+    except (TimeoutError, ChildProcessError):
+        return 1
+    finally:
+        signal.alarm(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,4 +194,6 @@ def _is_dead(path: Path) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])))
+    if sys.argv[1] == "wait":
+        sys.exit(wait(int(sys.argv[2]), int(sys.argv[3])))
+    sys.exit(hold(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], int(sys.argv[5])))

@@ -1,12 +1,14 @@
-"""The server's side of `cleanup.py`: start it before anything else, and wait for it at the end."""
+"""The server's side of `cleanup.py`: started before anything else, and left to it at the end."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from configs.errors import ConfigError
 from tidegate import cleanup
@@ -14,6 +16,8 @@ from tidegate.state_dir import StateDir
 
 #: in the environment of everything that the server starts
 MARK_NAME = "TIDEGATE_RUN"
+
+_PROGRAM = [sys.executable, "-I", "-S", str(Path(cleanup.__file__))]
 
 
 class Janitor:
@@ -32,9 +36,8 @@ class Janitor:
         this process carries the mark. Raises ConfigError when another living server has the state directory.
         """
         mark = f"{MARK_NAME}={secrets.token_hex(8)}"
-        program = [sys.executable, "-I", "-S", str(Path(cleanup.__file__))]
         process = subprocess.Popen(
-            [*program, str(state.root), str(state.ray_temp), mark, str(os.getpid())],
+            [*_PROGRAM, "hold", str(state.root), str(state.ray_temp), mark, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # a session of its own: Ctrl-C and a kill of the server's process group do not reach it
@@ -51,12 +54,14 @@ class Janitor:
         os.environ[MARK_NAME] = mark.partition("=")[2]
         return cls(process, mark)
 
-    def finish(self, timeout_s: float) -> bool:
-        """Have everything ended now and wait for it; False if that took longer than `timeout_s`."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
+    def leave(self, status: int) -> NoReturn:
+        """End this process with `status`, as soon as everything that it started is gone; within 10 s in any case.
+
+        The process is replaced by a small one that waits: Ray's own code in here would complain, and may end the
+        process, when the cluster under it is killed. The life line to the cleanup process closes with the exec.
+        """
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        os.execv(sys.executable, [*_PROGRAM, "wait", str(self._process.pid), str(status)])

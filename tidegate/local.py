@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import httpx
-import ray
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
 from ray.serve.schema import ApplicationStatusOverview, LoggingConfig
@@ -22,7 +22,7 @@ from configs.schema import Settings
 from deployments.hardware import this_node
 from tidegate import ports, welcome
 from tidegate.janitor import Janitor
-from tidegate.local_ray import CPU_RANK_RESOURCE, prepare_process, start_ray
+from tidegate.local_ray import CPU_RANK_RESOURCE, LocalRay, prepare_process, start_ray
 from tidegate.progress import Progress
 from tidegate.state_dir import StateDir
 from tidegate.stop_signals import StopSignals
@@ -30,25 +30,23 @@ from tidegate.stop_signals import StopSignals
 APP_NAME = "tidegate"
 _POLL_S = 0.25
 _READY_TIMEOUT_S = 60.0
-#: everything is gone within 10 s of the signal: this long for Ray to go by itself, then it is killed
-_RAY_SHUTDOWN_S = 6.0
-_CLEANUP_S = 3.0
 
 #: the application of settings; `deployments.app.bind`
 Bind = Callable[[Settings], serve.Application]
 
 
 class LocalServer:
-    """One run of `tidegate serve`. `run` may be called once."""
+    """One run of `tidegate serve`: `run` once, then `end`, whatever `run` raised."""
 
     def __init__(self, settings: Settings, bind: Bind, progress: Progress) -> None:
         self._given = settings
         self._bind = bind
         self._progress = progress
         self._stop = StopSignals(self._leave)
+        self._janitor: Janitor | None = None
 
-    def run(self) -> int:
-        """Serve until a signal comes; returns the exit status. Raises ConfigError and ServiceError before serving."""
+    def run(self) -> None:
+        """Serve until a signal comes. Raises ConfigError and ServiceError for what keeps it from serving."""
         self._stop.install()
         state = StateDir.create(self._given.resolved_state_dir)
         resolved, notes = resolve(*_for_this_machine(self._given, state))
@@ -56,31 +54,35 @@ class LocalServer:
             _check_model(resolved.settings.model.path)
         for note in notes:
             self._progress.note(f"note: {note}")
-        janitor = Janitor.start(state)
-        try:
-            # after the janitor: it has waited for a server that was killed a moment ago and still had the ports
-            self._serve(_with_settled_ports(resolved.settings), resolved.device, state)
-        finally:
-            self._end(janitor)
-        return 0
-
-    def _serve(self, settings: Settings, device: str, state: StateDir) -> None:
+        self._janitor = Janitor.start(state)
+        # after the janitor: it has waited for a server that was killed a moment ago and still had the ports
+        settings = _with_settled_ports(resolved.settings)
         state.drop_old_runs()
         prepare_process(state)
         application = self._application(settings, state)
         with self._progress.step("Starting Ray"):
-            try:
-                local_ray = start_ray(settings, state)
-            except SystemExit:  # what Ray makes of SIGTERM while it starts
-                self._leave(128 + signal.SIGTERM)
-                raise
-        self._stop.install()
-        with self._progress.step(f"Starting {settings.dp} rank(s) on {device}"):
+            local_ray = self._start_ray(settings, state)
+        with self._progress.step(f"Starting {settings.dp} rank(s) on {resolved.device}"):
             _deploy(settings, application)
             if not (self._until_running(state) and self._until_healthy(settings)):
                 return
-        self._progress.note(welcome.text(settings, device, local_ray, state))
+        self._progress.note(welcome.text(settings, resolved.device, local_ray, state))
         self._stop.wait()
+        self._progress.note("Stopping")
+
+    def end(self, status: int) -> NoReturn:
+        """End this process with `status`, and everything that it started before it."""
+        if self._janitor is not None:
+            self._janitor.leave(status)
+        sys.exit(status)
+
+    def _start_ray(self, settings: Settings, state: StateDir) -> LocalRay:
+        try:
+            return start_ray(settings, state)
+        except SystemExit:  # what Ray makes of SIGTERM while it starts
+            self._leave(128 + signal.SIGTERM)
+        finally:
+            self._stop.install()
 
     def _application(self, settings: Settings, state: StateDir) -> serve.Application:
         demo = settings.model.path is None and not (state.root / "models" / "demo" / "config.json").exists()
@@ -112,25 +114,14 @@ class LocalServer:
                 return False
         raise ServiceError(f"the application runs, but {url} does not answer 200 after {_READY_TIMEOUT_S:g} s")
 
-    def _end(self, janitor: Janitor) -> None:
-        """End Ray politely, then whatever is left by force. At the latest after 10 s this process is gone too."""
-        guard = threading.Timer(_RAY_SHUTDOWN_S, os._exit, [1])
-        guard.daemon = True
-        guard.start()
-        if ray.is_initialized():
-            self._progress.note("Stopping")
-            ray.shutdown()
-        guard.cancel()
-        janitor.finish(_CLEANUP_S)
-
-    def _leave(self, status: int) -> None:
-        """A signal while nothing can be ended politely: go; the kernel and the janitor end the rest."""
+    def _leave(self, status: int) -> NoReturn:
+        """A signal at a moment from which nothing can go on."""
         self._progress.abandon()
-        os._exit(status)
+        self.end(status)
 
 
 def _for_this_machine(settings: Settings, state: StateDir) -> tuple[Settings, Hardware]:
-    ray_settings = settings.ray.model_copy(update={"cpu_rank_resource": CPU_RANK_RESOURCE})
+    ray_settings = settings.ray.model_copy(update={"cpu_rank_resource": CPU_RANK_RESOURCE, "tcp": False})
     model = settings.model
     if model.path is not None:
         model = model.model_copy(update={"path": Path(os.path.abspath(model.path.expanduser()))})

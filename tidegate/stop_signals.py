@@ -7,6 +7,7 @@ import select
 import signal
 from collections.abc import Callable
 from types import FrameType
+from typing import NoReturn
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -18,7 +19,7 @@ class StopSignals:
     then ends the process on the spot; what it started ends with it (`cleanup.py`).
     """
 
-    def __init__(self, leave: Callable[[int], None]) -> None:
+    def __init__(self, leave: Callable[[int], NoReturn]) -> None:
         """leave: ends the process with the given status; called in the main thread."""
         self._leave = leave
         self._reader, self._writer = os.pipe()

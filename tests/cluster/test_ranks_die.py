@@ -12,16 +12,22 @@ from typing import Any
 import httpx
 import pytest
 
+from engine.demo_model import write_demo_model
 from tests.cluster.server import Server, serving, until
 from tests.cluster.sse import events
 
+#: long enough on any machine to be killed half way: the small model takes 10 ms a token
+NUM_TOKENS = 800
+
 
 @pytest.fixture(scope="module")
-def own_server(tiny_model: Path, short_home: Path) -> Iterator[Server]:
+def own_server(tmp_path_factory: pytest.TempPathFactory, short_home: Path) -> Iterator[Server]:
     """A server whose ranks may be killed."""
     home = short_home / "kills"
     home.mkdir()
-    with serving(home, "--model", str(tiny_model), "--dp", "2") as running:
+    model = tmp_path_factory.mktemp("model") / "small"
+    write_demo_model(model, "small")
+    with serving(home, "--model", str(model), "--dp", "2") as running:
         yield running
 
 
@@ -43,7 +49,7 @@ class Stream(threading.Thread):
         self.num_tokens = 0
 
     def run(self) -> None:
-        sampling = {"temperature": 0, "max_new_tokens": 1500, "ignore_eos": True}
+        sampling = {"temperature": 0, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
         body = {"text": self._text, "sampling_params": sampling, "stream": True}
         with (
             httpx.Client(base_url=self._url, timeout=120) as client,
@@ -75,9 +81,9 @@ def test_a_killed_rank_ends_its_stream_and_returns(own_server: Server) -> None:
             stream.join(timeout=60)
             assert not stream.is_alive()
         assert streams[0].error is not None
-        assert streams[0].num_tokens < 1500
+        assert streams[0].num_tokens < NUM_TOKENS
         assert streams[1].error is None
-        assert streams[1].num_tokens == 1500
+        assert streams[1].num_tokens == NUM_TOKENS
         rows = {row["incarnation"]: row for row in verdict["ranks"]}
         assert victim["incarnation"] in rows
         assert rows[victim["incarnation"]]["status"] in {"gone", "unreachable"}

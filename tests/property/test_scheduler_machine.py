@@ -126,6 +126,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         is_full = pending.command.scope is None and not pending.command.dry_run
         if verdict.status == "flushed":
             assert self.rank.clock.now_s < pending.deadline_s, "invariant 8: executed after its end"
+            if pending.command.mode in ("wait", "drain") and not pending.command.dry_run:
+                assert not any(hold.is_fenced for hold in self.cache.holds), "G2: somebody ran at the swap"
             if is_full:
                 assert verdict.epoch >= pending.command.epoch
                 self.flushed_epoch = max(self.flushed_epoch, pending.command.epoch)

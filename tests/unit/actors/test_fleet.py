@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -117,6 +118,25 @@ def test_a_member_whose_connection_broke_is_tried_again() -> None:
                     stream = fleet.generate("lonely", request("again"))
                     assert (await anext(stream)).token_ids == [42]
                     await stream.aclose()
+
+    run(scenario())
+
+
+def test_a_frozen_member_is_none_until_it_greets() -> None:
+    async def scenario() -> None:
+        with short_folder() as folder, socket.socket(socket.AF_UNIX) as frozen:
+            endpoint = f"ipc://{folder}/s"
+            async with fleet_of(Fixed(endpoint)) as fleet:
+                await until(lambda: not fleet.members().members)
+                # the kernel takes the connection for a process that does nothing
+                frozen.bind(f"{folder}/s")
+                frozen.listen()
+                frozen.setblocking(False)
+                connection, _ = await asyncio.get_running_loop().sock_accept(frozen)
+                with connection:
+                    assert fleet.members().members == ()
+                    with pytest.raises(RankLost):
+                        await collect(fleet, "lonely", request())
 
     run(scenario())
 

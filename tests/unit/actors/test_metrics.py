@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ray.util import metrics as ray_metrics
 
-from actors.metrics import RankMetrics
+from actors.metrics import ApiMetrics, RankMetrics
 from engine.flush import Blockers
 from engine.request import Output, RequestStats
 from engine.snapshot import Counters, EngineSnapshot
@@ -30,7 +30,8 @@ class Exported:
 def exported(monkeypatch: pytest.MonkeyPatch) -> Exported:
     exported = Exported()
 
-    def record(metric: Any, value: float, tags: dict[str, str]) -> None:
+    def record(metric: Any, value: float, tags: dict[str, str] | None = None) -> None:
+        tags = tags or {}
         assert set(tags) == set(metric.info["tag_keys"])
         exported.values[metric.info["name"], frozenset(tags.items())].append(value)
 
@@ -97,3 +98,18 @@ def test_another_number_empties_the_old_gauges_and_counts_nothing_twice(exported
     assert exported.of("tidegate_queued_requests") == [5, 0]
     assert exported.of("tidegate_queued_requests", rank="4") == [6]
     assert exported.of("tidegate_generated_tokens", rank="4") == [1]
+
+
+def test_an_api_replica_reports_what_is_new(exported: Exported) -> None:
+    metrics = ApiMetrics()
+    totals = {"num_resent": 0, "num_dropped_frames": 0, "num_lost_connections": 2}
+    first, later = {("/generate", 200): 4}, {("/generate", 200): 9, ("/generate", 400): 1}
+    metrics.report(2, num_inflight_tokens=300, num_sequences=4, num_stale=0, responses=first, **totals)
+    metrics.report(0, num_inflight_tokens=0, num_sequences=9, num_stale=1, responses=later, **totals)
+    assert exported.values["tidegate_api_sequences", frozenset({("attempt", "first")})] == [4, 5]
+    assert exported.values["tidegate_stale_answers", frozenset()] == [0, 1]
+    assert exported.values["tidegate_api_lost_connections", frozenset()] == [2, 0]
+    assert exported.values["tidegate_api_inflight_sequences", frozenset()] == [2, 0]
+    assert exported.values["tidegate_api_inflight_tokens", frozenset()] == [300, 0]
+    good = frozenset({("route", "/generate"), ("status", "200")})
+    assert exported.values["tidegate_http_responses", good] == [4, 5]

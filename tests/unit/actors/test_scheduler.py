@@ -57,7 +57,7 @@ def test_a_deadline_inside_a_long_step_is_answered_on_time_with_the_blockers() -
             assert verdict.status == "timed_out"
             assert verdict.message == TIMED_OUT_WAITING
             assert verdict.blockers.any
-            assert 0.19 < took_s < 0.5
+            assert 0.19 < took_s < 1.0
             gate.open()
             assert tokens(await stream) == expected(request(num_tokens=30))
             assert (await rank.actor.status())["epoch"] == 0
@@ -70,7 +70,7 @@ def test_timeout_zero_is_refused_at_once_inside_a_step() -> None:
         async with rank_and_fleet() as (rank, fleet):
             stream = asyncio.create_task(collect(fleet, rank.incarnation, request()))
             gate = await rank.inside_a_step()
-            verdict = await asyncio.wait_for(rank.actor.flush(flush_command(epoch=1, budget_s=0.0)), 0.5)
+            verdict = await asyncio.wait_for(rank.actor.flush(flush_command(epoch=1, budget_s=0.0)), 2)
             assert verdict.status == "refused"
             assert verdict.blockers.any
             gate.open()

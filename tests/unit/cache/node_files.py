@@ -77,7 +77,8 @@ def held_elsewhere(path: Path, kind: str, lineage: str = "") -> Iterator[subproc
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     try:
         assert process.stdout.readline() == "held\n"
         yield process

@@ -75,6 +75,17 @@ def test_shared_pages_come_back_exactly_when_the_last_owner_closes(cache: Device
     assert cache.counts().free == 16
 
 
+def test_two_owners_of_one_branch_count_once_for_what_is_above_it(cache: DeviceCache) -> None:
+    cache.close(prefill(cache, run_of(4) + run_of(4, first=50)))
+    branch = run_of(4) + run_of(4, first=100)
+    owners = [prefill(cache, branch), prefill(cache, branch)]
+    cache.swap(Epoch(1))
+    for owner, num_fenced in zip(owners, (2, 0), strict=True):
+        cache.close(owner)
+        assert cache.counts().fenced == num_fenced
+    assert cache.counts().free == 16
+
+
 def test_a_hold_survives_two_swaps(cache: DeviceCache) -> None:
     running = prefill(cache, run_of(8))
     cache.swap(Epoch(1))
@@ -209,6 +220,16 @@ def test_a_request_whose_first_page_is_not_full_yet_is_covered_by_a_prefix_it_ma
     cache.drop_prefix(NS, run_of(4))
     cache.publish(running, run_of(4), 4, now_s=1.0)
     assert cached_tokens(cache, run_of(4)) == 0
+    cache.close(running)
+
+
+def test_a_request_whose_first_page_became_known_is_covered_by_no_other(cache: DeviceCache) -> None:
+    running = cache.open(NS, tokens_of(0, 1), 1, now_s=0.0)
+    assert cache.try_extend(running, 4)
+    cache.publish(running, run_of(4), 4, now_s=1.0)
+    assert cache.drop_prefix(NS, tokens_of(0, 1, 9, 9)) == Dropped(freed_pages=0, fenced_pages=0)
+    assert not running.is_fenced
+    assert cached_tokens(cache, run_of(4)) == 4
     cache.close(running)
 
 

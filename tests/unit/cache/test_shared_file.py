@@ -106,7 +106,8 @@ def test_a_reader_maps_words_read_only_and_data_writable(paths: FilePaths):
     maker().open(paths).close()
     assert attach(FilePaths(paths.directory, "another"), FENCE) is None
     attached = attach(paths, FENCE, IDENTITY)
-    assert attached is not None and attached.data is not None
+    assert attached is not None
+    assert attached.data is not None
     with pytest.raises(TypeError):
         attached.words[0] = 1
     attached.data[0] = 255
@@ -126,7 +127,8 @@ def test_without_a_host_tier_the_file_is_the_control_page(paths: FilePaths):
     assert paths.data.stat().st_size == 4096
     owned.close()
     attached = attach(paths, FENCE)
-    assert attached is not None and attached.data is None
+    assert attached is not None
+    assert attached.data is None
     attached.close()
 
 

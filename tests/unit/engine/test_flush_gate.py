@@ -180,6 +180,15 @@ def test_timeout_zero_has_a_moment_to_reach_a_sleeping_engine() -> None:
     assert pending.deadline_s == 10.0 + NOW_GRACE_S
 
 
+def test_timeout_zero_ends_refused_when_the_engine_does_not_wake_up() -> None:
+    gate = FlushGate()
+    pending = gate.offer(flush_command(budget_s=0.0), 10.0, IDLE)
+    assert isinstance(pending, PendingFlush)
+    verdict = gate.expire(pending, 10.0 + NOW_GRACE_S, IDLE)
+    assert verdict is not None
+    assert (verdict.status, verdict.message) == ("refused", "The engine did not look at it in time.")
+
+
 @pytest.mark.parametrize("mode", ["wait", "drain"])
 def test_timeout_zero_is_refused_by_a_busy_engine(mode: FlushMode) -> None:
     gate = FlushGate()

@@ -151,6 +151,26 @@ def test_an_idle_engine_sleeps_until_something_is_posted() -> None:
     assert rank.answers["r"].finishes == ["length"]
 
 
+def test_what_is_posted_just_before_the_engine_falls_asleep_wakes_it() -> None:
+    rank = FakeRank()
+    ends = Ends(num_expected=1)
+    rank.loop._on_outputs = ends.take
+    take_turn = rank.loop.turn
+    num_idle_turns = 0
+
+    def turn() -> bool:
+        nonlocal num_idle_turns
+        has_work = take_turn()
+        num_idle_turns += not has_work
+        if not has_work and num_idle_turns == 1:
+            rank.submit("r", PROMPT, max_new_tokens=1)
+        return has_work
+
+    rank.loop.turn = turn
+    with running(rank.loop):
+        assert ends.all_here.wait(PATIENCE_S)
+
+
 def test_requests_posted_by_many_threads_are_all_answered() -> None:
     rank = FakeRank(num_pages=48)
     ends = Ends(num_expected=60)
@@ -239,7 +259,9 @@ def test_other_threads_can_cancel_and_re_read() -> None:
     assert verdict is not None
     assert rank.loop.flush_verdict("f") == verdict
     rank.loop.see_term(9)
-    assert rank.loop.offer_flush(flush_command("g", term=8)) == rank.loop.offer_flush(flush_command("g", term=8))
+    late = rank.loop.offer_flush(flush_command("g", term=8))
+    assert isinstance(late, FlushVerdict)
+    assert late.status == "refused"
     rank.finish()
     assert rank.cache.generation == 0
 
@@ -285,6 +307,20 @@ def test_the_cache_is_looked_over_on_a_timer(caplog: pytest.LogCaptureFixture) -
     rank.cache.sanity_check = sound
     assert loop.snapshot().counters.num_violations == 1
     assert "page 3 has two owners" in caplog.text
+
+
+def test_running_answers_are_paused_for_a_look_only_when_no_idle_instant_comes() -> None:
+    rank = FakeRank()
+    clock = FakeClock()
+    loop = EngineLoop(rank.scheduler, rank.runner, clock=clock, sanity_check_s=30.0)
+    looks: list[float] = []
+    rank.cache.sanity_check = lambda: looks.append(clock.now_s) or []
+    loop.post(RequestArrived(Request("r", tokens_of(PROMPT), SamplingParams(max_new_tokens=60, ignore_eos=True))))
+    start_s = clock.now_s
+    for _ in range(40):
+        loop.turn()
+        clock.now_s += 10.0
+    assert [look - start_s for look in looks] == [300.0]
 
 
 # -------------------------------------------------------------------------------------------------------- whole answers

@@ -15,7 +15,9 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     GptOssConfig,
+    Llama4TextConfig,
     MambaConfig,
+    NemotronConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3NextConfig,
@@ -195,6 +197,16 @@ def test_sliding_window_in_some_layers(tmp_path: Path) -> None:
     assert "sliding_window 32" in refusal(write_config(tmp_path, config))
 
 
+def test_attention_scaled_by_the_place_in_the_row(tmp_path: Path) -> None:
+    config = Llama4TextConfig(
+        **tiny(num_local_experts=2, floor_scale=64, attention_chunk_size=128, no_rope_layers=[0, 0])
+    )
+    directory = write_checkpoint(tmp_path, config)
+
+    assert "at most 64" in refusal(directory)
+    assert load(directory, max_len=64).facts.max_len == 64
+
+
 @pytest.mark.parametrize("rope", [
     {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
     {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 10000.0,
@@ -228,6 +240,14 @@ def test_models_whose_attention_has_further_terms(tmp_path: Path) -> None:
 
     sinks = GptOssConfig(**tiny(sliding_window=128, num_local_experts=2, num_experts_per_tok=1))
     assert "s_aux" in refusal(write_checkpoint(tmp_path / "sinks", sinks))
+
+
+def test_attention_that_drops_keyword_arguments(tmp_path: Path) -> None:
+    assert "keyword arguments" in refusal(write_checkpoint(tmp_path, NemotronConfig(**tiny())))
+
+
+def test_a_model_that_transformers_cannot_run(tmp_path: Path) -> None:
+    assert "transformers itself" in refusal(write_checkpoint(tmp_path, Gemma2Config(**tiny(sliding_window=None))))
 
 
 def test_keys_and_values_of_different_size(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from cache.device_cache import DeviceCache
 from configs.errors import ConfigError, InvariantError
 from engine.batch import StepResult
-from engine.control_words import ALWAYS_VALID
+from engine.control_words import ALWAYS_VALID, ControlWords
 from engine.events import AbortRequested, CheckDue, RequestArrived, StepFinished, TurnStarted
 from engine.limits import SchedulerLimits
 from engine.request import Request, SamplingParams
@@ -129,6 +129,40 @@ def test_another_request_hits_what_a_half_prefilled_one_has_published() -> None:
     rank.finish()
     assert_as_foretold(rank, long, other)
     assert rank.loop.snapshot().counters.num_cached_tokens == 8
+
+
+def test_equal_prompts_that_come_together_are_prefilled_once() -> None:
+    rank = FakeRank(page_size=4, max_step_tokens=16)
+    prompt = PROMPT * 3
+    requests = [rank.submit(f"r{n}", [*prompt, n], max_new_tokens=4) for n in range(4)]
+    rank.finish()
+    assert_as_foretold(rank, *requests)
+    counters = rank.loop.snapshot().counters
+    assert counters.num_cached_tokens == 3 * 36
+    assert counters.num_prefill_tokens <= 37 + 3
+
+
+def test_nobody_waits_for_a_prefix_that_will_never_be_published() -> None:
+    for cache, words in (
+        (DeviceCache(64, 4, enabled=False), ALWAYS_VALID),
+        (DeviceCache(64, 4), ControlWords(lease_ok=False)),
+    ):
+        rank = FakeRank(cache=cache, max_step_tokens=16)
+        rank.words = words
+        requests = [rank.submit(f"r{n}", PROMPT[:7], max_new_tokens=4) for n in range(2)]
+        rank.turn()
+        assert len(rank.scheduler.running) == 2
+        rank.finish()
+        assert_as_foretold(rank, *requests)
+
+
+def test_nobody_waits_for_a_decoding_request_to_publish_its_output() -> None:
+    rank = FakeRank(page_size=4)
+    rank.submit("first", PROMPT[:3], max_new_tokens=20, ignore_eos=True)
+    rank.turn()
+    rank.submit("second", [*PROMPT[:3], *rank.token_ids("first"), 9], max_new_tokens=2)
+    rank.turn()
+    assert len(rank.scheduler.running) == 2
 
 
 def test_namespaces_never_meet() -> None:

@@ -114,6 +114,19 @@ def test_wait_that_times_out_names_what_was_in_the_way_and_touches_nothing() -> 
 
 
 @pytest.mark.parametrize("mode", ["wait", "drain"])
+def test_a_half_prefilled_request_is_in_the_way(mode: FlushMode) -> None:
+    rank = FakeRank(max_step_tokens=8)
+    rank.submit("prefilling", PROMPT * 5, max_new_tokens=1)
+    rank.turn()
+    pending = offer(rank, mode)
+    rank.turn(2)
+    assert not pending.ended.done()
+    rank.finish()
+    assert verdict_of(pending).status == "flushed"
+    assert rank.answers["prefilling"].finishes == ["length"]
+
+
+@pytest.mark.parametrize("mode", ["wait", "drain"])
 def test_timeout_zero_on_a_busy_engine_is_refused_at_once(mode: FlushMode) -> None:
     rank = FakeRank()
     rank.submit("r", PROMPT, **LONG)

@@ -1,0 +1,199 @@
+"""How a rank reads the host tier: without asking anybody, and believing nothing it has not checked.
+
+Look up the chain's slots in the mapped index, copy a page, check its checksum, load the slot's state word last. Any
+store of the index's writer in between, a crash of any process, a stray write or a flipped bit ends in a miss
+(protocol.md section 5, invariants 12 and 13). No word is written, so a killed reader blocks nobody.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.arena import SLOT_WORDS, Arena, PageView
+from cache.control_page import ControlPage, NodeWords
+from cache.host_index import HostIndex, KeyArray
+from cache.keys import PageKeys
+from cache.page_checksum import PageEntry, copy_page
+from cache.slot_owners import SlotRef
+from cache.slot_table import (
+    BIRTH,
+    CHECKSUM,
+    COMMITTED,
+    DROP,
+    EPOCH,
+    GENERATION_SHIFT,
+    KEY_HIGH,
+    KEY_LOW,
+    STATE,
+    STATE_MASK,
+    key_of_words,
+)
+from cache.types import Epoch
+
+#: full: every page is hashed.  sampled: one in SAMPLE_EVERY.  off: the state word alone decides, which x86-64's order
+#: of stores makes safe against reuse and crashes, but not against flipped bits and stray writes
+Verification = Literal["full", "sampled", "off"]
+SAMPLE_EVERY = 16
+
+#: why a page was not read
+MissReason = Literal[
+    "absent",  # no slot holds the key
+    "below_floor",  # a flush of all tiers has made its epoch void
+    "old_drop",  # a flush of the host tier has made the page void
+    "too_old",  # its chain was begun before the birth floor
+    "reused",  # its slot was given up between look-up and copy
+    "corrupt",  # other bytes than were committed; to be reported
+]
+
+#: hits and corrupt pages remembered until the writer is told; older ones are forgotten
+_MAX_TOLD = 65_536
+#: words of a row's first cache line
+_LINE_WORDS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class HostMatch:
+    """The longest leading part of a chain that the tier held at the look-up. Valid until loaded, not a promise."""
+
+    #: generation and state of each slot, loaded before the rest of its row
+    state_words: list[int]
+    slots: list[int]
+    #: uint64 [num_pages, 8], a copy
+    rows: NDArray[np.uint64]
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.slots)
+
+    def ref(self, index: int) -> SlotRef:
+        return SlotRef(self.slots[index], self.state_words[index] >> GENERATION_SHIFT)
+
+    def entry(self, index: int) -> PageEntry:
+        """The page as the row described it."""
+        row: list[int] = self.rows[index].tolist()
+        slot, generation = self.ref(index)
+        key = key_of_words(row[KEY_LOW], row[KEY_HIGH])
+        return PageEntry(slot, generation, key, row[EPOCH], row[DROP], row[BIRTH], row[CHECKSUM])
+
+
+class HostReader:
+    """One rank's view, used by one thread. Changes only its own counters."""
+
+    def __init__(self, arena: Arena, page: ControlPage, verification: Verification = "full") -> None:
+        self._page = page
+        self._index = HostIndex(arena.index)
+        self._states = arena.slots
+        self._lines = arena.slots.reshape(-1, _LINE_WORDS)
+        self._pages = arena.pages
+        self._every = {"full": 1, "sampled": SAMPLE_EVERY, "off": 0}[verification]
+        self._num_loads = 0
+        #: pages copied and accepted; bytes of them
+        self.num_hits = 0
+        self.hit_bytes = 0
+        #: one for each chain that was cut, by the reason of the page at the cut
+        self.misses: Counter[MissReason] = Counter()
+        #: pages read since the writer was last told, parents first
+        self.touched: deque[SlotRef] = deque(maxlen=_MAX_TOLD)
+        #: pages to report to the writer
+        self.corrupt: deque[SlotRef] = deque(maxlen=_MAX_TOLD)
+
+    def look_up(self, keys: PageKeys, epoch: Epoch) -> HostMatch:
+        """The longest leading part of `keys` that can be loaded now. 512 keys take less than 100 us; copies no page.
+
+        epoch: of the asking request's admission, the one its keys were made with.
+        """
+        words = self._page.read()
+        asked: KeyArray = np.frombuffer(keys, "<u8").reshape(-1, 2)
+        if words.is_retired or epoch < words.floor:
+            return self._cut(asked[:0], "below_floor")
+        slots = self._index.find(asked)
+        # as unsigned, none (-1) is out of range too, and so is what a flipped bit makes of an index word
+        num_found = _num_leading(slots.view(np.uint64) < len(self._pages))
+        match, reason = self._read_rows(asked[:num_found], slots[:num_found], epoch, words)
+        if reason is not None or num_found < len(asked):
+            self.misses[reason or "absent"] += 1
+        return match
+
+    def load(self, match: HostMatch, index: int, target: PageView) -> MissReason | None:
+        """Copy page `index` of `match` into `target`. None: it is what was committed, and may be computed on.
+
+        Otherwise `target` holds bytes of no meaning and the chain ends before this page. About 1.3 times a memcpy
+        with full verification.
+        """
+        entry = match.entry(index)
+        source = self._pages[entry.slot]
+        self._num_loads += 1
+        if self._every and self._num_loads % self._every == 0:
+            is_intact = copy_page(source, target, hashed=target, seed=entry.seed()) == entry.checksum
+        else:
+            target[:] = source
+            is_intact = True
+        # last of all: a slot that was given up while we copied has another state word by now
+        if self._states.item(entry.slot * SLOT_WORDS + STATE) != match.state_words[index]:
+            return self._miss("reused")
+        reason = _void_reason(entry, self._page.read())
+        if reason is not None:
+            return self._miss(reason)
+        if not is_intact:
+            self.corrupt.append(match.ref(index))
+            return self._miss("corrupt")
+        self.num_hits += 1
+        self.hit_bytes += len(target)
+        self.touched.append(match.ref(index))
+        return None
+
+    def load_chain(self, match: HostMatch, targets: Sequence[PageView]) -> int:
+        """Load the pages of `match` into `targets` in order, up to the first miss. How many were loaded."""
+        for index, target in enumerate(targets[: match.num_pages]):
+            if self.load(match, index, target) is not None:
+                return index
+        return min(len(targets), match.num_pages)
+
+    def _read_rows(
+        self, asked: KeyArray, slots: NDArray[np.int64], epoch: Epoch, words: NodeWords
+    ) -> tuple[HostMatch, MissReason | None]:
+        """Keep the leading slots whose rows say what was asked for; the reason why the next one does not."""
+        # state words first: a row that changes while it is read no longer fits them when the page was copied
+        state_words = self._states.take(slots * SLOT_WORDS + STATE)
+        rows = self._lines.take(slots * (SLOT_WORDS // _LINE_WORDS), axis=0)
+        checks: list[tuple[MissReason, NDArray[np.bool_]]] = [
+            ("reused", state_words & np.uint64(STATE_MASK) == COMMITTED),
+            ("absent", (rows[:, KEY_LOW] == asked[:, 0]) & (rows[:, KEY_HIGH] == asked[:, 1])),
+            ("absent", rows[:, EPOCH] == epoch),
+            ("old_drop", rows[:, DROP] == words.drop),
+            ("too_old", rows[:, BIRTH] >= words.birth_floor_ns),
+        ]
+        num_pages, reason = len(slots), None
+        for failure, is_good in checks:
+            num_good = _num_leading(is_good[:num_pages])
+            if num_good < num_pages:
+                num_pages, reason = num_good, failure
+        return HostMatch(state_words[:num_pages].tolist(), slots[:num_pages].tolist(), rows[:num_pages]), reason
+
+    def _cut(self, asked: KeyArray, reason: MissReason) -> HostMatch:
+        self._miss(reason)
+        return HostMatch([], [], np.empty((0, _LINE_WORDS), np.uint64))
+
+    def _miss(self, reason: MissReason) -> MissReason:
+        self.misses[reason] += 1
+        return reason
+
+
+def _void_reason(entry: PageEntry, words: NodeWords) -> MissReason | None:
+    """Why no page of this kind may be used any more: a flush that came while it was copied."""
+    if words.is_retired or entry.epoch < words.floor:
+        return "below_floor"
+    if entry.drop != words.drop:
+        return "old_drop"
+    return "too_old" if entry.birth_ns < words.birth_floor_ns else None
+
+
+def _num_leading(is_good: NDArray[np.bool_]) -> int:
+    """How many are good before the first that is not."""
+    return len(is_good) if is_good.all() else int(is_good.argmin())

@@ -1,0 +1,68 @@
+"""The controller's Ray handle as plain asynchronous calls, each with an end of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from actors.flush_request import FLOOR_FIRST_MODES
+from actors.messages import Membership
+from actors.ray_errors import Answered, CallFailed, outcome_within
+from configs.errors import ControlUnavailable, ServiceError
+from configs.schema import ControlSettings
+
+T = TypeVar("T")
+
+#: beyond the controller's own deadline: the way there and back on a busy machine
+_WAY_S = 5.0
+#: for calls that ask every rank, each under a deadline of the controller's
+_ASK_S = 2.0
+
+
+class ControllerClient:
+    """Calls of one Api replica. `handle`: actor handle of the controller; it survives the controller's restarts."""
+
+    def __init__(self, handle: Any, settings: ControlSettings) -> None:
+        self._handle = handle
+        self._settings = settings
+
+    async def membership(self, known_version: int, timeout_s: float) -> Membership:
+        """See ControllerActor.membership; a long poll."""
+        return await _answer(self._handle.membership.remote(known_version, timeout_s), timeout_s + _WAY_S)
+
+    async def flush(self, arguments: Mapping[str, object]) -> dict[str, Any]:
+        """See ControllerActor.flush. Waits for the flush's own deadline and a little more."""
+        return await _answer(self._handle.flush.remote(**arguments), self._budget_s(arguments) + _WAY_S)
+
+    async def flush_status(self, flush_id: str) -> dict[str, Any]:
+        return await _answer(self._handle.flush_status.remote(flush_id), _WAY_S)
+
+    async def abort(self, request_ids: Sequence[str] | None) -> dict[str, Any]:
+        ids = None if request_ids is None else list(request_ids)
+        return await _answer(self._handle.abort.remote(ids, request_ids is None, _ASK_S), _ASK_S + _WAY_S)
+
+    async def status(self) -> dict[str, Any]:
+        return await _answer(self._handle.status.remote(_ASK_S), _ASK_S + _WAY_S)
+
+    async def info(self) -> dict[str, Any]:
+        return await _answer(self._handle.info.remote(), _WAY_S)
+
+    def _budget_s(self, arguments: Mapping[str, object]) -> float:
+        """Until the controller answers. A timeout that is none is refused there at once, so any wait will do."""
+        timeout_s = arguments.get("timeout_s")
+        is_number = isinstance(timeout_s, int | float) and 0 <= timeout_s <= self._settings.max_timeout_s
+        budget_s = float(timeout_s) if isinstance(timeout_s, int | float) and is_number else 0.0
+        mode = arguments.get("mode")
+        if isinstance(mode, str) and mode in FLOOR_FIRST_MODES:
+            budget_s = max(budget_s, self._settings.step_grace_s)
+        return budget_s + self._settings.answer_slack_s
+
+
+async def _answer(call: Awaitable[T], timeout_s: float) -> T:
+    match await outcome_within(call, timeout_s):
+        case Answered(answer):
+            return answer
+        case CallFailed("error", message):
+            raise ServiceError(f"the controller failed: {message}")
+        case CallFailed(_, message):
+            raise ControlUnavailable(f"the controller does not answer: {message}")

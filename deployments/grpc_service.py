@@ -1,0 +1,243 @@
+"""The RPCs of SglangScheduler, written once against the messages. `grpc_server` and `grpc_ingress` carry them.
+
+Errors leave as TidegateError; `status_of` is the one table that makes a gRPC status of them, and no status text holds
+a traceback, a pid or a path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import zipfile
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+import grpc
+from google.protobuf.message import Message
+
+from actors.flush_request import seconds
+from configs.errors import InvalidField, NotOffered, ServiceError
+from deployments import facts
+from deployments.auth import Access, Keys
+from deployments.core import ApiCore
+from deployments.errors import as_tidegate_error
+from deployments.flush_surfaces import judge
+from deployments.grpc_generate import body_of, chunk, complete
+from deployments.load_rows import LOAD_SECTIONS, load_row
+from deployments.native_jobs import native_jobs
+from deployments.protos import RPCS, common, scheduler
+from deployments.sequences import Answer, collected
+
+log = logging.getLogger(__name__)
+
+#: left of the caller's deadline for the answer to travel back
+_WAY_BACK_S = 0.05
+_TOKENIZER_CHUNK_BYTES = 64 * 1024
+#: what a gateway needs to build the tokenizer; weights are none of its business
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "config.json", "generation_config.json",
+)  # fmt: skip
+
+
+class DeadlinePassed(ServiceError):
+    """The caller's own deadline came before the answer."""
+
+    http_status = 504
+    grpc_status = "DEADLINE_EXCEEDED"
+    kind = "deadline_exceeded"
+    retryable = True
+
+
+class Call(Protocol):
+    """What a handler may know of one call."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Names in lower case, binary values left out."""
+        ...
+
+    def time_remaining_s(self) -> float | None:
+        """Until the caller's deadline; None if it set none, or if this server cannot know."""
+        ...
+
+
+def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
+    """The status code and text that a caller is told."""
+    told = as_tidegate_error(error)
+    return grpc.StatusCode[told.grpc_status], told.message
+
+
+Unary = Callable[[Any, Call], Awaitable[Message]]
+Streaming = Callable[[Any, Call], AsyncGenerator[Message, None]]
+
+
+@dataclass(frozen=True, slots=True)
+class GrpcService:
+    """One Api replica's gRPC side."""
+
+    core: ApiCore
+    keys: Keys
+    #: of this software
+    version: str
+    #: largest `timeout_s` of a flush
+    max_timeout_s: float
+
+    async def unary(self, name: str, request: Message, call: Call) -> Message:
+        """Answer one unary RPC. Raises a TidegateError; NotOffered for RPCs that this server does not have."""
+        handlers: dict[str, tuple[Access, Unary]] = {
+            "HealthCheck": ("open", self.health_check),
+            "GetModelInfo": ("inference", self.get_model_info),
+            "GetServerInfo": ("inference", self.get_server_info),
+            "GetLoads": ("inference", self.get_loads),
+            # Whoever knows a request's id may end it: gateways do that for their clients and send no key.
+            "Abort": ("inference", self.abort),
+            "FlushCache": ("admin", self.flush_cache),
+        }
+        if name not in handlers:
+            raise _not_offered(name)
+        access, handler = handlers[name]
+        self.keys.check(access, call.metadata)
+        return await handler(request, call)
+
+    async def stream(self, name: str, request: Message, call: Call) -> AsyncGenerator[Message, None]:
+        """Answer one streaming RPC; as `unary`. Closing the generator ends what it does."""
+        handlers: dict[str, Streaming] = {"Generate": self.generate, "GetTokenizer": self.get_tokenizer}
+        if name not in handlers:
+            raise _not_offered(name)
+        self.keys.check("inference", call.metadata)
+        async with aclosing(handlers[name](request, call)) as messages:
+            async for message in messages:
+                yield message
+
+    async def health_check(self, request: scheduler.HealthCheckRequest, call: Call) -> Message:
+        """Healthy if some rank takes requests. Costs no work of a rank."""
+        num_ranks = len(self.core.fleet.members().members)
+        message = f"{num_ranks} ranks serve" if num_ranks else "no rank is serving at the moment"
+        return scheduler.HealthCheckResponse(healthy=num_ranks > 0, message=message)
+
+    async def flush_cache(self, request: common.FlushCacheRequest, call: Call) -> Message:
+        """Flush every rank, waiting `timeout_s` for an idle instant, at most until the caller's deadline.
+
+        A refusal is an answer (`success: false` with the reason); only bad input, a missing right, a deadline or a
+        controller that does not answer are a status.
+        """
+        asked_s = seconds(request.timeout_s, "timeout_s", self.max_timeout_s)
+        remaining_s = call.time_remaining_s()
+        budget_s = asked_s if remaining_s is None else min(asked_s, max(0.0, remaining_s - _WAY_BACK_S))
+        answer = await self.core.controller.flush({"timeout_s": budget_s, "caller": "grpc:FlushCache"})
+        outcome = judge(answer)
+        if budget_s < asked_s and not outcome.success and answer.get("status") in ("timed_out", "refused"):
+            raise DeadlinePassed(f"the call's deadline came before the flush: {outcome.message}")
+        if outcome.http_status == InvalidField.http_status:
+            raise InvalidField(outcome.message, answer.get("param"))
+        return common.FlushCacheResponse(success=outcome.success, message=outcome.message)
+
+    async def abort(self, request: scheduler.AbortRequest, call: Call) -> Message:
+        """End one request by its exact id, on whatever rank it runs."""
+        if not request.request_id:
+            raise InvalidField("request_id is empty; name the request to end", "request_id")
+        answer = await self.core.abort(request.request_id)
+        return scheduler.AbortResponse(success=answer.get("success") is True, message=str(answer.get("message") or ""))
+
+    async def get_model_info(self, request: scheduler.GetModelInfoRequest, call: Call) -> Message:
+        card, told = self.core.card, facts.model_info(self.core)
+        same = ("model_path", "tokenizer_path", "served_model_name", "is_generation", "weight_version", "model_type",
+                "architectures", "vocab_size", "eos_token_ids")  # fmt: skip
+        return scheduler.GetModelInfoResponse(
+            **{name: told[name] for name in same},
+            max_context_length=self.core.max_len,
+            max_req_input_len=self.core.max_len - 1,
+            pad_token_id=card.pad_token_id or 0,
+            bos_token_id=card.bos_token_id or 0,
+        )
+
+    async def get_server_info(self, request: scheduler.GetServerInfoRequest, call: Call) -> Message:
+        told = await facts.server_info(self.core, self.version)
+        response = scheduler.GetServerInfoResponse(
+            active_requests=self.core.admission.num_inflight,
+            sglang_version=self.version,
+            server_type="grpc",
+            max_total_num_tokens=told["max_total_num_tokens"],
+        )
+        ranks, control = told.pop("internal_states"), told.pop("control")
+        response.server_args.update(told)
+        # through JSON: a Struct takes plain JSON values only
+        response.scheduler_info.update(json.loads(json.dumps({"ranks": ranks, "control": control})))
+        return response
+
+    async def get_loads(self, request: scheduler.GetLoadsRequest, call: Call) -> Message:
+        sections = frozenset(request.include) or frozenset({"core"})
+        unknown = sorted(sections - LOAD_SECTIONS - {"all"})
+        if unknown:
+            raise InvalidField(f"include: there is no section {unknown[0][:40]!r}", "include")
+        status = await self.core.controller.status()
+        ranks = status.get("ranks") or []
+        rows = [load_row(row, LOAD_SECTIONS if "all" in sections else sections | {"core"}) for row in ranks]
+        if request.HasField("dp_rank"):
+            rows = [row for row in rows if row["dp_rank"] == request.dp_rank]
+        return scheduler.GetLoadsResponse(
+            timestamp=datetime.now(UTC).isoformat(),
+            version=self.version,
+            dp_rank_count=len(ranks),
+            loads=[_load(row) for row in rows if "num_running_reqs" in row],
+        )
+
+    async def generate(self, request: scheduler.GenerateRequest, call: Call) -> AsyncGenerator[Message, None]:
+        """Token ids in, token ids out: new ones as they come when `stream` is set, and each sequence's whole."""
+        jobs, request_id = await native_jobs(self.core, body_of(request))
+        pieces = self.core.stream(request_id, jobs)
+        if not request.stream:
+            for index, answer in enumerate(await collected(pieces, len(jobs))):
+                yield complete(request_id, index, answer)
+            return
+        answers = [Answer() for _ in jobs]
+        async with aclosing(pieces):
+            async for piece in pieces:
+                answer = answers[piece.index]
+                answer.add(piece)
+                if piece.token_ids:
+                    yield chunk(request_id, piece, answer)
+                if piece.finish is not None:
+                    yield complete(request_id, piece.index, answer)
+
+    async def get_tokenizer(self, request: common.GetTokenizerRequest, call: Call) -> AsyncGenerator[Message, None]:
+        """The tokenizer's files as one zip, in chunks; the last one carries the digest of the whole."""
+        archive = self._tokenizer_zip()
+        digest = hashlib.sha256(archive).hexdigest()
+        for begin in range(0, len(archive), _TOKENIZER_CHUNK_BYTES):
+            data = archive[begin : begin + _TOKENIZER_CHUNK_BYTES]
+            is_last = begin + len(data) == len(archive)
+            yield common.GetTokenizerChunk(data=data, sha256=digest if is_last else "")
+
+    def _tokenizer_zip(self) -> bytes:
+        """The same bytes for the same files: entries carry no time of their own."""
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name in _TOKENIZER_FILES:
+                path = self.core.tokenizer.directory / name
+                if path.is_file():
+                    archive.writestr(zipfile.ZipInfo(name), path.read_bytes(), zipfile.ZIP_DEFLATED)
+        return buffer.getvalue()
+
+
+def _not_offered(name: str) -> NotOffered:
+    known = f"{name} is not offered by this server" if name in RPCS else "there is no such call"
+    return NotOffered(known)
+
+
+def _load(row: Mapping[str, Any]) -> scheduler.SchedulerLoad:
+    names = ("dp_rank", "num_running_reqs", "num_waiting_reqs", "num_total_reqs", "num_used_tokens",
+             "max_total_num_tokens", "token_usage", "gen_throughput", "cache_hit_rate", "utilization",
+             "max_running_requests")  # fmt: skip
+    load = scheduler.SchedulerLoad(**{name: row[name] for name in names})
+    if "memory" in row:
+        load.memory.CopyFrom(scheduler.MemoryMetrics(**row["memory"]))
+    if "queues" in row:
+        load.queues.CopyFrom(scheduler.QueueMetrics(**row["queues"]))
+    return load

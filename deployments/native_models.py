@@ -1,0 +1,149 @@
+"""Bodies of SGLang's native routes: /generate, /tokenize, /detokenize, /abort_request. After SGLang 0.5.23."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from deployments.bodies import (
+    Body,
+    ListOf,
+    NamespaceText,
+    Neutral,
+    Penalty,
+    RequestIdText,
+    Seed,
+    StopIds,
+    StopList,
+    StopString,
+    TokenIds,
+    field_error,
+)
+from deployments.sampling_fields import (
+    MAX_SEQUENCES,
+    LogitBias,
+    MinP,
+    NumSequences,
+    NumTokens,
+    NumTokensOrNone,
+    RepetitionPenalty,
+    TopK,
+    TopP,
+)
+
+_OFF: Neutral = (None, False, [], {}, "")
+_NO_GRAMMAR = "constrained output is not offered"
+_TEXT_ONLY = "only text is offered"
+
+#: SGLang's own default of max_new_tokens; cut to what the context leaves when the caller named none
+DEFAULT_NEW_TOKENS = 128
+
+NumTopLogprobs = Annotated[int, Field(ge=0, le=128)]
+
+
+class SamplingBody(Body):
+    REFUSED: ClassVar[dict[str, tuple[Neutral, str]]] = {
+        "json_schema": (_OFF, _NO_GRAMMAR),
+        "regex": (_OFF, _NO_GRAMMAR),
+        "ebnf": (_OFF, _NO_GRAMMAR),
+        "structural_tag": (_OFF, _NO_GRAMMAR),
+        "stop_regex": (_OFF, "stop expressions are not offered; use stop"),
+        "custom_params": (_OFF, "custom code in requests is not offered"),
+        "beam_width": ((None, 1), "beam search is not offered"),
+    }
+    TOLERATED = frozenset({"spaces_between_special_tokens", "stream_interval"})
+
+    max_new_tokens: NumTokens | None = None
+    min_new_tokens: NumTokensOrNone = 0
+    temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
+    top_p: TopP = 1.0
+    top_k: TopK = -1
+    min_p: MinP = 0.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
+    sampling_seed: Seed | None = None
+    stop: StopString | StopList | None = None
+    stop_token_ids: StopIds | None = None
+    no_stop_trim: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logit_bias: LogitBias | None = None
+    n: NumSequences = 1
+
+
+Each = Annotated[list[SamplingBody], Field(min_length=1, max_length=MAX_SEQUENCES, fail_fast=True)]
+
+
+class GenerateBody(Body):
+    REFUSED: ClassVar[dict[str, tuple[Neutral, str]]] = {
+        "input_embeds": (_OFF, "embeddings as input are not offered; use text or input_ids"),
+        "image_data": (_OFF, _TEXT_ONLY),
+        "video_data": (_OFF, _TEXT_ONLY),
+        "audio_data": (_OFF, _TEXT_ONLY),
+        "modalities": ((None, [], ["text"]), _TEXT_ONLY),
+        "logprob_start_len": ((None, -1, [-1]), "log-probabilities of the prompt are not offered"),
+        "token_ids_logprob": (_OFF, "log-probabilities of chosen tokens are not offered; use top_logprobs_num"),
+        "return_hidden_states": (_OFF, "hidden states are not offered"),
+        "return_entropy": (_OFF, "the entropy of the distribution is not offered"),
+        "session_params": (_OFF, "server-side sessions are not offered; repeat the prompt, its prefix is cached"),
+        "lora_path": (_OFF, "adapters are not offered"),
+        "lora_id": (_OFF, "adapters are not offered"),
+        "custom_logit_processor": (_OFF, "custom code in requests is not offered"),
+        "priority": ((None, 0), "priorities are not offered"),
+        "background": (_OFF, "background requests are not offered"),
+        "return_bytes": (_OFF, "answers are JSON"),
+    }
+    TOLERATED = frozenset(
+        {
+            "log_metrics", "no_logs", "return_routed_experts", "return_prompt_token_ids", "conversation_id",
+            "bootstrap_host", "bootstrap_port", "bootstrap_room", "http_worker_ipc", "routing_key",
+            "return_cached_tokens_details",
+        }
+    )  # fmt: skip
+
+    model: str = "default"
+    text: str | ListOf[str] | None = None
+    input_ids: TokenIds | ListOf[TokenIds] | None = None
+    sampling_params: SamplingBody | Each | None = None
+    rid: RequestIdText | ListOf[RequestIdText] | None = None
+    stream: bool = False
+    return_logprob: bool | ListOf[bool] | None = None
+    top_logprobs_num: NumTopLogprobs | ListOf[NumTopLogprobs] | None = None
+    return_text_in_logprobs: bool = False
+    extra_key: NamespaceText | None = None
+    data_parallel_rank: Annotated[int, Field(ge=0)] | None = None
+    routed_dp_rank: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _one_kind_of_prompt(self) -> Self:
+        if (self.text is None) == (self.input_ids is None):
+            raise field_error("text", "exactly one of text and input_ids is needed")
+        return self
+
+    @property
+    def is_list(self) -> bool:
+        """The caller sent a list of prompts and gets a list of answers."""
+        return isinstance(self.text, list) or bool(self.input_ids and isinstance(self.input_ids[0], list))
+
+
+class TokenizeBody(Body):
+    TOLERATED = frozenset({"return_token_strs"})
+
+    model: str = "default"
+    prompt: str | ListOf[str]
+    add_special_tokens: bool = True
+
+
+class DetokenizeBody(Body):
+    model: str = "default"
+    tokens: TokenIds | ListOf[TokenIds]
+    skip_special_tokens: bool = True
+
+
+class AbortBody(Body):
+    TOLERATED = frozenset({"abort_message", "finished_reason"})
+
+    rid: Annotated[str, Field(max_length=256)] = ""
+    abort_all: bool = False

@@ -1,0 +1,51 @@
+"""What the Api needs of the rest of the system, as two small protocols.
+
+`actors.fleet.Fleet` and `deployments.control.ControllerClient` are the real ones; tests put a real engine loop in this
+process behind the same shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any, Protocol
+
+from actors.messages import Membership
+from engine.request import Output, Request
+
+
+class Fleet(Protocol):
+    """The ranks, seen from an Api replica."""
+
+    def members(self) -> Membership:
+        """The newest membership this process knows; never waits."""
+        ...
+
+    def generate(self, incarnation: str, request: Request) -> AsyncGenerator[Output, None]:
+        """Send `request` to that incarnation and yield what it answers, the last output with `finish` set.
+
+        Raises RankLost when the incarnation ends first. Closing the iterator before its end aborts the request on
+        the rank at once.
+        """
+        ...
+
+
+class Controller(Protocol):
+    """The controller's calls, each under a deadline.
+
+    Answers are the plain dicts of `actors.controller`, refusals included (`success: false` with `http_status`).
+    Raises ControlUnavailable when nobody answers in time, ServiceError when the controller failed.
+    """
+
+    async def flush(self, arguments: Mapping[str, object]) -> dict[str, Any]:
+        """arguments: as the caller wrote them; the controller checks them, for every door alike."""
+        ...
+
+    async def flush_status(self, flush_id: str) -> dict[str, Any]: ...
+
+    async def abort(self, request_ids: Sequence[str] | None) -> dict[str, Any]:
+        """None: all requests."""
+        ...
+
+    async def status(self) -> dict[str, Any]: ...
+
+    async def info(self) -> dict[str, Any]: ...

@@ -1,0 +1,192 @@
+"""Ranks in this process: real engine loops on the tiny model, in the shape of the fleet, under a real control plane.
+
+Only Ray and ZeroMQ are missing. What the Api sees is what it sees in production: tokens of a real model, real cache
+hits, real verdicts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from actors.messages import Member, Membership
+from cache.device_cache import DeviceCache
+from configs.errors import RankLost
+from engine.events import AbortRequested, RequestArrived
+from engine.flush import FlushCommand, FlushVerdict
+from engine.flush_gate import PendingFlush
+from engine.limits import SchedulerLimits
+from engine.loop import EngineLoop
+from engine.models import LoadedModel
+from engine.request import Output, Request
+from engine.runner import ModelRunner
+from engine.scheduler import Scheduler
+
+PAGE_SIZE = 16
+NUM_PAGES = 256
+
+Stream = asyncio.Queue["Output | RankLost"]
+
+
+class LocalRank:
+    """One engine loop in a thread, with the methods that the controller calls on a rank."""
+
+    def __init__(self, model: LoadedModel, rank: int, incarnation: str) -> None:
+        facts = model.facts
+        self.rank = rank
+        self.incarnation = incarnation
+        self.max_len = facts.max_len
+        runner = ModelRunner(model, NUM_PAGES, PAGE_SIZE)
+        limits = SchedulerLimits(
+            max_running=32,
+            max_step_tokens=512,
+            max_len=facts.max_len,
+            eos_token_ids=facts.eos_token_ids,
+            bytes_per_page=runner.bytes_per_page,
+            vocab_size=facts.vocab_size,
+        )
+        self.engine = EngineLoop(
+            Scheduler(DeviceCache(NUM_PAGES, PAGE_SIZE), limits), runner, on_outputs=self._on_outputs
+        )
+        self._loop = asyncio.get_running_loop()
+        self._streams: dict[str, Stream] = {}
+        self._dead = asyncio.Event()
+        #: set to make the rank die as soon as this many outputs were handed out
+        self.dies_after: int | None = None
+        self.num_outputs = 0
+        self.requests: list[Request] = []
+        self._thread = threading.Thread(target=self.engine.run, name=f"engine-{rank}")
+        self._thread.start()
+
+    def member(self) -> Member:
+        return Member(self.rank, self.incarnation, "here", "", "", self.max_len, PAGE_SIZE)
+
+    @property
+    def is_dead(self) -> bool:
+        return self._dead.is_set()
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing runs, nothing waits, and no page has an owner."""
+        picture = self.engine.snapshot()
+        return (
+            picture.is_idle and not picture.num_waiting and not (picture.num_private_pages + picture.num_pinned_pages)
+        )
+
+    def die(self) -> None:
+        """As SIGKILL looks from the Api: every stream ends with RankLost, nothing more comes."""
+        self._dead.set()
+        for stream in self._streams.values():
+            stream.put_nowait(RankLost(f"rank {self.rank} is lost"))
+        self._streams.clear()
+
+    def stop(self) -> None:
+        self.engine.stop()
+        self._thread.join(timeout=10)
+        assert not self._thread.is_alive()
+
+    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+        if self.is_dead:
+            raise RankLost(f"rank {self.rank} is lost")
+        self.requests.append(request)
+        stream = self._streams[request.request_id] = Stream()
+        self.engine.post(RequestArrived(request))
+        try:
+            while True:
+                item = await stream.get()
+                if isinstance(item, RankLost):
+                    raise item
+                yield item
+                if item.finish is not None:
+                    return
+        finally:
+            if self._streams.pop(request.request_id, None) is not None:
+                self.engine.post(AbortRequested((request.request_id,)))
+
+    def _on_outputs(self, outputs: list[Output]) -> None:
+        self._loop.call_soon_threadsafe(self._hand_out, outputs)
+
+    def _hand_out(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is None:
+                continue
+            if self.dies_after is not None and self.num_outputs >= self.dies_after:
+                self.die()
+                return
+            self.num_outputs += 1
+            stream.put_nowait(output)
+
+    # --- what the controller calls, through `Handle` ----------------------------------------------------------------
+
+    async def watch(self) -> None:
+        await self._dead.wait()
+        raise RankLost("the rank has died")
+
+    async def flush(self, command: FlushCommand) -> FlushVerdict:
+        offered = self.engine.offer_flush(command)
+        if not isinstance(offered, PendingFlush):
+            return offered
+        ended = asyncio.ensure_future(asyncio.wrap_future(offered.ended))
+        await asyncio.wait({ended}, timeout=offered.deadline_s - time.monotonic())
+        if not ended.done():
+            self.engine.expire_flush(offered)
+        return await ended
+
+    async def abort(self, request_ids: list[str] | None, reason: str) -> dict[str, Any]:
+        live = list(self._streams)
+        wanted = live if request_ids is None else [one for one in request_ids if one in self._streams]
+        self.engine.post(AbortRequested(None if request_ids is None else tuple(request_ids), reason))
+        return {"num_aborted": len(wanted)}
+
+    async def status(self) -> dict[str, Any]:
+        picture = self.engine.snapshot()
+        return asdict(picture) | {
+            "num_running": picture.num_running,
+            "max_running": 32,
+            "page_size": PAGE_SIZE,
+            "bytes_per_page": 4096,
+            "generated_tokens_per_s": 0.0,
+        }
+
+
+@dataclass(frozen=True)
+class Remote:
+    """`handle.method.remote(...)` of a coroutine function."""
+
+    method: Callable[..., Awaitable[Any]]
+
+    def remote(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
+        return self.method(*args, **kwargs)
+
+
+class Handle:
+    """An object of this process as callers of a Ray actor see one."""
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def __getattr__(self, name: str) -> Remote:
+        return Remote(getattr(self._target, name))
+
+
+class LocalFleet:
+    """The fleet's shape over `LocalRank`s."""
+
+    def __init__(self, ranks: list[LocalRank]) -> None:
+        self.ranks = ranks
+        self.version = 1
+        self.epoch = 0
+        self.floor = 0
+
+    def members(self) -> Membership:
+        living = tuple(rank.member() for rank in self.ranks if not rank.is_dead)
+        return Membership(self.version, self.epoch, self.floor, living)
+
+    def generate(self, incarnation: str, request: Request) -> AsyncGenerator[Output, None]:
+        rank = next(rank for rank in self.ranks if rank.incarnation == incarnation)
+        return rank.generate(request)

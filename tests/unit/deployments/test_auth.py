@@ -1,0 +1,122 @@
+"""Who may call what."""
+
+from __future__ import annotations
+
+import pytest
+from starlette.routing import Route
+
+from configs.errors import Forbidden, Unauthorized
+from deployments.auth import Access, Keys, is_loopback
+from tests.unit.deployments.api_server import Demo, scenario, serving
+
+NONE = Keys()
+INFERENCE = Keys(api_key="user-key")
+ADMIN = Keys(admin_key="top-key")
+BOTH = Keys(api_key="user-key", admin_key="top-key")
+OPEN_PORT = Keys(api_key="user-key", host="0.0.0.0")
+OPEN_PORT_ADMIN = Keys(api_key="user-key", admin_key="top-key", host="0.0.0.0")
+
+CASES: list[tuple[Keys, Access, str | None, type[Exception] | None]] = [
+    (NONE, "inference", None, None),
+    (NONE, "admin", None, None),
+    (INFERENCE, "inference", None, Unauthorized),
+    (INFERENCE, "inference", "user-key", None),
+    (INFERENCE, "admin", None, Unauthorized),
+    (INFERENCE, "admin", "user-key", None),
+    (ADMIN, "inference", None, None),
+    (ADMIN, "admin", None, Unauthorized),
+    (ADMIN, "admin", "top-key", None),
+    (BOTH, "inference", "top-key", None),
+    (BOTH, "inference", "wrong", Unauthorized),
+    (BOTH, "admin", "user-key", Forbidden),
+    (BOTH, "admin", "wrong", Unauthorized),
+    (BOTH, "admin", "top-key", None),
+    (OPEN_PORT, "admin", "user-key", Forbidden),
+    (OPEN_PORT, "admin", None, Forbidden),
+    (OPEN_PORT, "inference", "user-key", None),
+    (OPEN_PORT_ADMIN, "admin", "top-key", None),
+    (Keys(host="::"), "admin", None, Forbidden),
+    (BOTH, "open", None, None),
+]
+
+
+@pytest.mark.parametrize(("keys", "access", "given", "refusal"), CASES)
+def test_keys(keys: Keys, access: Access, given: str | None, refusal: type[Exception] | None) -> None:
+    headers = {} if given is None else {"authorization": f"Bearer {given}"}
+    if refusal is None:
+        keys.check(access, headers)
+    else:
+        with pytest.raises(refusal):
+            keys.check(access, headers)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "top-key",
+        "Basic top-key",
+        "Bearer",
+        "Bearer ",
+        "Bearer top-key2",
+        "bearer  top-ke",
+        "Bearer TOP-KEY",
+        "Bearer töp-key",
+    ],
+)
+def test_only_the_exact_key_in_the_bearer_scheme_counts(header: str) -> None:
+    with pytest.raises(Unauthorized):
+        ADMIN.check("admin", {"authorization": header})
+    ADMIN.check("admin", {"authorization": "bearer top-key"})
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_a_page_of_another_site_may_not_administer(site: str) -> None:
+    with pytest.raises(Forbidden):
+        NONE.check("admin", {"sec-fetch-site": site})
+    NONE.check("admin", {"sec-fetch-site": "none"})
+    NONE.check("inference", {"sec-fetch-site": site})
+
+
+def test_keys_never_show_themselves() -> None:
+    assert "top-key" not in repr(BOTH)
+    assert "user-key" not in repr(BOTH)
+
+
+@pytest.mark.parametrize(
+    ("host", "answer"),
+    [
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.1", False),
+        ("example.org", False),
+    ],
+)
+def test_loopback(host: str, answer: bool) -> None:
+    assert is_loopback(host) is answer
+
+
+@scenario
+async def test_every_route_but_health_asks_for_its_key(demo: Demo) -> None:
+    async with serving(demo, keys=BOTH) as server:
+        routes = [route for route in server.app.routes if isinstance(route, Route)]
+        statuses: dict[str, set[int]] = {}
+        for route in routes:
+            path = route.path.replace("{flush_id}", "x").replace("{model:path}", "tiny")
+            for method in (route.methods or set()) - {"HEAD"}:
+                response = await server.client.request(method, path)
+                statuses.setdefault(path, set()).add(response.status_code)
+                assert "top-key" not in response.text
+        assert statuses.pop("/health") == {200}
+        assert set().union(*statuses.values()) == {401}
+        as_user = {"authorization": "Bearer user-key"}
+        info = [
+            (await server.client.get(path, headers=as_user)).text
+            for path in ("/server_info", "/model_info", "/v1/loads")
+        ]
+        assert not any("top-key" in text or "user-key" in text for text in info)
+        assert (await server.client.get("/flush_cache", headers=as_user)).status_code == 403
+        assert (await server.client.get("/flush_cache", headers={"authorization": "Bearer top-key"})).status_code == 200

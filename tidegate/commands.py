@@ -1,0 +1,214 @@
+"""The commands. Each reads its arguments, calls one function, and turns what it says into an exit status.
+
+0: done. 1: the server said no, or something failed. 2: the arguments or settings cannot work. 3: no server answers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+import yaml
+from rich.console import Console
+
+from configs.errors import ConfigError, TidegateError
+from configs.load import load_settings
+from tidegate import tables
+from tidegate.client import Client, Unreachable
+from tidegate.welcome import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Serve language models on Ray."
+)
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class DemoSize(StrEnum):
+    tiny = "tiny"
+    small = "small"
+
+
+class Mode(StrEnum):
+    wait = "wait"
+    drain = "drain"
+    retract = "retract"
+    abort = "abort"
+    fence = "fence"
+
+
+Url = Annotated[str, typer.Option(envvar="TIDEGATE_URL", help="Where the server listens.")]
+AdminKey = Annotated[
+    str | None, typer.Option(envvar=ADMIN_KEY_VARIABLE, help="Key of admin routes, if the server has one.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the server's JSON instead of a table.")]
+_DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def run() -> NoReturn:
+    """Run the command line: an error of ours is one line, never a stack trace."""
+    try:
+        app()
+    except TidegateError as error:
+        sys.exit(_report(error))
+    sys.exit(0)
+
+
+def _report(error: TidegateError) -> int:
+    """Print the error; returns the exit status that belongs to it."""
+    Console(stderr=True).print(f"tidegate: {error.message}", style="red", soft_wrap=True, highlight=False, markup=False)
+    if isinstance(error, Unreachable):
+        return 3
+    return 2 if isinstance(error, ConfigError) else 1
+
+
+@app.command()
+def serve(
+    model: Annotated[Path | None, typer.Option(help="Directory in Hugging Face format; without it, the demo.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings; options given here win.")] = None,
+    dp: Annotated[int | None, typer.Option(help="Data-parallel ranks. Demo: 2.")] = None,
+    device: Annotated[Device | None, typer.Option(help="Where ranks compute.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address of the HTTP door.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the HTTP door.")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="Port of the gRPC door, on 127.0.0.1.")] = None,
+    dashboard_port: Annotated[int | None, typer.Option(help="Port of the Ray dashboard, or the next free one.")] = None,
+    served_name: Annotated[str | None, typer.Option(help="The model's name in the routes.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar=API_KEY_VARIABLE, help="Key of inference routes.")] = None,
+    admin_key: Annotated[str | None, typer.Option(envvar=ADMIN_KEY_VARIABLE, help="Key of admin routes.")] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="Sockets, log, demo model, local Ray.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting, e.g. engine.page_size=32.")
+    ] = None,
+    exit_with_parent: Annotated[
+        bool, typer.Option(help="End when the process that started this one ends, however it ends.")
+    ] = False,
+) -> None:
+    """Start a local Ray, serve a model on it, and end everything with Ctrl-C."""
+    if exit_with_parent:
+        # imports ctypes, which few need
+        from tidegate.parent import end_with_parent
+
+        end_with_parent()
+    given: dict[str, Any] = {
+        "model.path": model,
+        "model.served_name": served_name,
+        "dp": dp,
+        "engine.device": None if device is None else device.value,
+        "api.host": host,
+        "api.port": port,
+        "grpc.port": grpc_port,
+        "ray.dashboard_port": dashboard_port,
+        "api.api_key": api_key,
+        "api.admin_key": admin_key,
+        "state_dir": state_dir,
+    }
+    if model is None and config is None:
+        # the demo shows what one rank cannot: verdicts of several
+        given["dp"] = dp or 2
+    overrides = {name: value for name, value in given.items() if value is not None} | _named_values(setting or [])
+    settings = load_settings(config, overrides)
+    # Ray and Serve take a second to import, which no other command needs
+    from deployments.app import bind
+    from tidegate.local import LocalServer
+    from tidegate.progress import Progress
+
+    server = LocalServer(settings, bind, Progress(Console()))
+    status = 0
+    try:
+        server.run()
+    except TidegateError as error:
+        status = _report(error)
+    server.end(status)
+
+
+@app.command("demo-model")
+def demo_model(
+    directory: Annotated[Path, typer.Argument(help="Where to write it; made if absent.")],
+    size: Annotated[DemoSize, typer.Option(help="tiny is for tests, small for a demo.")] = DemoSize.small,
+) -> None:
+    """Write a random-weight Llama with tokenizer and chat template; the same bytes on every machine, no download."""
+    from engine.demo_model import write_demo_model
+
+    try:
+        write_demo_model(directory, size.value)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {directory}: {error.strerror}") from None
+    Console().print(f"{size.value} demo model: {directory}", soft_wrap=True, highlight=False, markup=False)
+
+
+@app.command()
+def flush(
+    url: Url = _DEFAULT_URL,
+    admin_key: AdminKey = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for an idle moment; 0: now or refuse.")] = 0.0,
+    mode: Annotated[Mode, typer.Option(help="What becomes of running requests.")] = Mode.wait,
+    tier: Annotated[list[str] | None, typer.Option(help="Only this tier; may be repeated.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Only this namespace.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Only this adapter.")] = None,
+    prefix: Annotated[str | None, typer.Option(help="Only what begins with this text (its first page).")] = None,
+    older_than: Annotated[float | None, typer.Option(help="Only what is older than so many seconds.")] = None,
+    flush_id: Annotated[str | None, typer.Option(help="A repeat with the same id joins or re-reads the first.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Say what would go, and flush nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Flush the cache of every rank. Exit status 0 only if every rank and tier did."""
+    scope = {"namespace": namespace, "adapter": adapter, "prefix_text": prefix, "older_than_s": older_than}
+    answer = Client(url, admin_key).flush(
+        timeout_s=timeout,
+        mode=mode.value,
+        tiers=tier,
+        scope={name: value for name, value in scope.items() if value is not None} or None,
+        flush_id=flush_id,
+        dry_run=dry_run,
+    )
+    _show(answer, tables.flush(answer), as_json)
+
+
+@app.command()
+def cache(url: Url = _DEFAULT_URL, admin_key: AdminKey = None, as_json: AsJson = False) -> None:
+    """Epoch, floor, pending flush, and the pages of every rank."""
+    answer = Client(url, admin_key).cache()
+    _show(answer, tables.cache(answer), as_json)
+
+
+@app.command()
+def status(
+    url: Url = _DEFAULT_URL,
+    api_key: Annotated[str | None, typer.Option(envvar=API_KEY_VARIABLE, help="Key of inference routes.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What is served, and what every rank has to do. Exit status 0 only if every rank answers."""
+    answer = Client(url, api_key).status()
+    _show(answer, tables.status(answer), as_json)
+
+
+def _show(answer: Mapping[str, Any], table: tables.Shown, as_json: bool) -> None:
+    console = Console()
+    if as_json:
+        console.print_json(data=answer) if console.is_terminal else print(tables.one_line(answer))
+    else:
+        console.print(table, highlight=False)
+    if answer.get("success") is not True:
+        raise typer.Exit(1)
+
+
+def _named_values(pairs: list[str]) -> dict[str, Any]:
+    """NAME=VALUE with values as YAML reads them."""
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, separator, text = pair.partition("=")
+        if not separator or not name:
+            raise ConfigError(f"--set takes NAME=VALUE, e.g. engine.page_size=32; got {pair!r}")
+        try:
+            values[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {name}: {text!r} is no YAML value") from None
+    return values
