@@ -263,7 +263,7 @@ class FlushDesk:
 
     def _note_refused(self, call: str, arguments: Mapping[str, object], answer: Mapping[str, Any]) -> None:
         shown = {str(name)[:_MAX_SHOWN]: repr(value)[:_MAX_SHOWN] for name, value in list(arguments.items())[:16]}
-        self.note(call, "", {"arguments": shown} | answer)
+        self.note(call, "", {"arguments": shown} | dict(answer))
 
     def _under_way(self, flush_id: str) -> dict[str, Any] | None:
         flight = self._flights.get(flush_id)

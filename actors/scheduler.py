@@ -9,23 +9,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import platform
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from actors.data_plane import DataPlane
+from actors.end_proofs import pid_namespace
 from actors.endpoints import TcpDoor, socket_path, sweep_dead_sockets
-from actors.messages import MESSAGE_VERSION, RankRecord, Registered
+from actors.messages import MESSAGE_VERSION, AbortCommand, RankRecord, Registered
 from actors.metrics import RankMetrics
 from actors.pace import Pace
 from actors.place import Place, place_in_ray
 from actors.process_proof import start_time_of
 from actors.rank_engine import BuildEngine, EngineHooks, RankEngine, load_engine
+from actors.rank_flushes import RankFlushes
+from actors.rank_words import NodePage, RankWords, boot_ns
+from cache.shared_words import fence_for
 from configs.schema import Settings
-from engine.control_words import ControlWords
 from engine.events import AbortRequested, RequestArrived
 from engine.flush import FlushCommand, FlushVerdict
 from engine.flush_gate import PendingFlush
@@ -65,13 +68,15 @@ class SchedulerActor:
         self._find_place = find_place
         self._end_process = end_process
         self._registered: Registered | None = None
-        #: read by the engine thread in every turn; replaced as a whole
-        self._words = ControlWords()
+        #: read by the engine thread in every turn
+        self._words = RankWords()
+        self._page: NodePage | None = None
         self._socket_path: Path | None = None
         self._is_stopping = False
         self._report_timer: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop
         self._engine: RankEngine
+        self._flushes: RankFlushes
         self._plane: DataPlane
         self._metrics: RankMetrics
         self._pace: Pace
@@ -87,8 +92,11 @@ class SchedulerActor:
         """
         self._loop = asyncio.get_running_loop()
         place = self._find_place()
-        hooks = EngineHooks(lambda: self._words, self._hand_over, self._flush_ended)
+        hooks = EngineHooks(self._words.read, self._hand_over, self._flush_ended)
         self._engine = await asyncio.to_thread(self._build_engine, self._settings, hooks)
+        self._flushes = RankFlushes(
+            self._engine.loop, lambda: boot_ns() / 1e9, self._words.raise_epoch, self._flush_refused
+        )
         self._metrics = RankMetrics(self._rank)
         self._pace = Pace(self._engine.loop.snapshot(), self._loop.time())
         self._plane = DataPlane(self._incarnation, self._submit, self._abort)
@@ -96,10 +104,16 @@ class SchedulerActor:
         return self._record
 
     async def join(self, registered: Registered) -> None:
-        """Serve from now on, with nothing older than what the controller has answered."""
+        """Serve from now on, with nothing older than what the controller has answered.
+
+        Raises ConfigError if the node's control page cannot be mapped.
+        """
+        self._page = NodePage(self._words, registered.lineage, registered.page, fence_for(platform.machine()))
+        self._words.raise_epoch(max(registered.epoch, registered.floor))
         self._registered = registered
-        self._words = ControlWords(floor=registered.floor, epoch=registered.epoch)
+        self._record = replace(self._record, page_nonce=self._words.nonce)
         self._engine.loop.see_term(registered.term)
+        self._flushes.serve()
         self._thread = threading.Thread(target=self._run_engine, name="engine", daemon=True)
         self._thread.start()
         self._report()
@@ -125,6 +139,7 @@ class SchedulerActor:
             "message_version": MESSAGE_VERSION,
             "lineage": self._registered.lineage if self._registered is not None else "",
             "is_serving": is_joined and not self._is_stopping,
+            "page_nonce": self._words.nonce,
             "stalled_s": self._pace.stalled_s(self._engine.loop.snapshot(), self._loop.time()) if is_joined else 0.0,
         }
 
@@ -137,35 +152,22 @@ class SchedulerActor:
 
         A repeat of a flush joins the first or reads its verdict again; no flush is executed twice.
         """
-        offered = self._engine.loop.offer_flush(command)
-        if isinstance(offered, FlushVerdict):
-            self._metrics.flush_ended(command.mode, offered.status, 0.0)
-            return offered
-        left_s = offered.deadline_s - time.monotonic()
-        deadline = self._loop.call_later(max(0.0, left_s), self._engine.loop.expire_flush, offered)
-        try:
-            return await asyncio.wrap_future(offered.ended)
-        finally:
-            deadline.cancel()
+        return await self._flushes.flush(command)
 
     async def close_flush(self, flush_id: str, term: int) -> FlushVerdict:
-        """For a controller that took over: what became of a flush of an earlier term. It will not happen later.
+        """For a controller that took over, or whose caller cancels: what became of a flush.
 
-        Ends it if it has not begun. One that this rank never heard of stays impossible: its term is over.
+        Ends it if it has not begun; if it never came it will not be taken in any more.
         """
-        engine = self._engine.loop
-        engine.see_term(term)
-        begun = engine.open_flush(flush_id)
-        if begun is not None and engine.cancel_flush(flush_id) is None:
-            return await asyncio.wrap_future(begun.ended)
-        known = engine.flush_verdict(flush_id)
-        epoch = engine.snapshot().epoch
-        return known or FlushVerdict(flush_id, "refused", "This rank never heard of this flush.", epoch=epoch)
+        return await self._flushes.close(flush_id, term)
 
-    async def abort(self, request_ids: list[str] | None, reason: str) -> dict[str, Any]:
-        """End these requests, or all (None), within one step. Answers {num_aborted}: those that were open here."""
-        num_aborted = self._plane.num_open(request_ids)
-        self._engine.loop.post(AbortRequested(None if request_ids is None else tuple(request_ids), reason))
+    async def abort(self, command: AbortCommand) -> dict[str, Any]:
+        """End requests within one step. Answers {num_aborted}: those that were open here; 0 if it comes too late."""
+        if self._flushes.is_late(command.valid_until_s) or not self._engine.loop.see_term(command.term):
+            return {"num_aborted": 0, "message": "The command came too late, or from a superseded controller."}
+        ids = command.request_ids
+        num_aborted = self._plane.num_open(None if ids is None else list(ids))
+        self._engine.loop.post(AbortRequested(ids, command.reason))
         return {"num_aborted": num_aborted}
 
     async def renumber(self, rank: int) -> RankRecord:
@@ -217,7 +219,12 @@ class SchedulerActor:
         waited_s = verdict.waited_ms / 1000
         self._loop.call_soon_threadsafe(self._metrics.flush_ended, pending.command.mode, verdict.status, waited_s)
 
+    def _flush_refused(self, command: FlushCommand, verdict: FlushVerdict) -> None:
+        self._metrics.flush_ended(command.mode, verdict.status, 0.0)
+
     def _report(self) -> None:
+        if self._page is not None:
+            self._page.look()
         snapshot = self._engine.loop.snapshot()
         self._pace.note(snapshot, self._loop.time())
         self._metrics.report(snapshot, self._plane.num_dropped_frames)
@@ -276,11 +283,14 @@ class SchedulerActor:
             bytes_per_page=engine.bytes_per_page,
             max_running=self._settings.engine.max_running,
             max_len=engine.max_len,
+            pid_namespace=pid_namespace(),
         )
 
     async def _close(self, linger_ms: int = 0) -> None:
         if self._report_timer is not None:
             self._report_timer.cancel()
         await self._plane.close(linger_ms)
+        if self._page is not None:
+            self._page.close()
         if self._socket_path is not None:
             self._socket_path.unlink(missing_ok=True)

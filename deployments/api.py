@@ -15,7 +15,7 @@ from ray.serve import Deployment
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 
-from actors.detached import ensure_controller
+from actors.controller import ensure_controller
 from actors.fleet import Fleet
 from actors.metrics import ApiMetrics
 from configs.errors import ConfigError

@@ -153,8 +153,8 @@ class FlushGate:
         self._slot: PendingFlush | None = None
         #: taken in and without a verdict yet; more than one only while a predecessor's verdict is being written
         self._live: dict[str, PendingFlush] = {}
-        #: oldest first, at most NUM_REMEMBERED_VERDICTS
-        self._verdicts: OrderedDict[str, tuple[FlushCommand, FlushVerdict]] = OrderedDict()
+        #: oldest first, at most NUM_REMEMBERED_VERDICTS; no command: withdrawn before it came
+        self._verdicts: OrderedDict[str, tuple[FlushCommand | None, FlushVerdict]] = OrderedDict()
         #: highest term seen; commands of lower ones come from a controller that was superseded
         self._term = 0
         self._closed_because: str | None = None
@@ -176,10 +176,11 @@ class FlushGate:
         with self._lock:
             return self._live.get(flush_id)
 
-    def see_term(self, term: int) -> None:
-        """A controller of this term has spoken, in whatever matter."""
+    def see_term(self, term: int) -> bool:
+        """A controller of this term has spoken, in whatever matter. False: it was superseded by one known here."""
         with self._lock:
             self._term = max(self._term, term)
+            return self._term == term
 
     def offer(
         self, command: FlushCommand, now_s: float, snapshot: EngineSnapshot, valid_until_s: float = math.inf
@@ -228,12 +229,30 @@ class FlushGate:
         self.end(pending, verdict)
         return verdict
 
-    def cancel(self, flush_id: str, now_s: float, snapshot: EngineSnapshot) -> FlushVerdict | None:
-        """End a flush that has not begun. None if there is none of this id, or it has begun."""
-        pending = self.pending
-        if pending is None or pending.command.flush_id != flush_id or not pending.claim.try_expire():
-            return None
+    def withdraw(self, flush_id: str, now_s: float, snapshot: EngineSnapshot) -> PendingFlush | FlushVerdict:
+        """What became of a flush; if it has not begun, or not even come, it never will.
+
+        A `PendingFlush`: the engine has begun it, `ended` will tell.
+        """
+        with self._lock:
+            if flush_id in self._verdicts:
+                return self._verdicts[flush_id][1]
+            pending = self._live.get(flush_id)
+            if pending is None:
+                verdict = FlushVerdict(flush_id, "refused", "Withdrawn before it came.", epoch=snapshot.epoch)
+                self._keep(None, verdict)
+                return verdict
+        if not pending.claim.try_expire():
+            return pending
         verdict = pending.verdict("refused", now_s, snapshot.epoch, "Cancelled before it began.")
+        self.end(pending, verdict)
+        return verdict
+
+    def end_unstarted(self, pending: PendingFlush, now_s: float) -> FlushVerdict | None:
+        """An engine that has not served yet holds nothing, so what it took in is done. None if it has ended already."""
+        if not pending.claim.try_claim():
+            return None
+        verdict = pending.verdict("flushed", now_s, pending.command.epoch, "Nothing was cached yet.")
         self.end(pending, verdict)
         return verdict
 
@@ -273,7 +292,8 @@ class FlushGate:
         if repeat is not None:
             told, answer = repeat
             reason = f"Flush id {command.flush_id} was used with other arguments."
-            return answer if _same_flush(told, command) else pending.verdict("refused", now_s, epoch, reason)
+            is_same = told is None or _same_flush(told, command)
+            return answer if is_same else pending.verdict("refused", now_s, epoch, reason)
         if self._closed_because is not None:
             return pending.verdict("refused", now_s, epoch, self._closed_because)
         if not math.isfinite(command.budget_s) or command.budget_s < 0:
@@ -283,13 +303,16 @@ class FlushGate:
             return self._remember(pending, pending.verdict("expired_command", now_s, epoch, "Came too late."))
         return None
 
-    def _repeat(self, command: FlushCommand) -> tuple[FlushCommand, PendingFlush | FlushVerdict] | None:
+    def _repeat(self, command: FlushCommand) -> tuple[FlushCommand | None, PendingFlush | FlushVerdict] | None:
         live = self._live.get(command.flush_id)
         return (live.command, live) if live is not None else self._verdicts.get(command.flush_id)
 
     def _remember(self, pending: PendingFlush, verdict: FlushVerdict) -> FlushVerdict:
         """The caller holds the lock."""
-        self._verdicts[pending.command.flush_id] = (pending.command, verdict)
+        self._keep(pending.command, verdict)
+        return verdict
+
+    def _keep(self, command: FlushCommand | None, verdict: FlushVerdict) -> None:
+        self._verdicts[verdict.flush_id] = (command, verdict)
         while len(self._verdicts) > NUM_REMEMBERED_VERDICTS:
             self._verdicts.popitem(last=False)
-        return verdict

@@ -131,9 +131,17 @@ class EngineLoop:
         """Its deadline has passed: end it now, whatever step runs. None: the engine won, `pending.ended` tells."""
         return self._gate.expire(pending, self._clock(), self._snapshot)
 
-    def cancel_flush(self, flush_id: str) -> FlushVerdict | None:
-        """End a flush that has not begun. None: there is none of this id, or it has begun."""
-        return self._gate.cancel(flush_id, self._clock(), self._snapshot)
+    def withdraw_flush(self, flush_id: str) -> PendingFlush | FlushVerdict:
+        """What became of a flush; one that has not begun never will. A `PendingFlush`: begun, `ended` will tell."""
+        return self._gate.withdraw(flush_id, self._clock(), self._snapshot)
+
+    def end_unstarted_flush(self, pending: PendingFlush) -> FlushVerdict | None:
+        """Before the first turn there is nothing to flush: it is done. None: it has ended already."""
+        return self._gate.end_unstarted(pending, self._clock())
+
+    def now_s(self) -> float:
+        """By the clock in which deadlines of flushes are meant."""
+        return self._clock()
 
     def open_flush(self, flush_id: str) -> PendingFlush | None:
         """A flush that was taken in and has no verdict yet."""
@@ -143,9 +151,9 @@ class EngineLoop:
         """What was answered about one of the last flushes."""
         return self._gate.verdict_of(flush_id)
 
-    def see_term(self, term: int) -> None:
-        """A controller of this term has spoken; flushes of lower terms are refused from now on."""
-        self._gate.see_term(term)
+    def see_term(self, term: int) -> bool:
+        """A controller of this term has spoken; flushes of lower terms are refused from now on. False: so is it."""
+        return self._gate.see_term(term)
 
     # ------------------------------------------------------------------------------------------------ engine thread
     def run(self) -> None:

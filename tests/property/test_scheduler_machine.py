@@ -226,7 +226,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """The control loop's side: its clock is past the deadline, or the caller withdraws."""
         pending = self.flushes[-1]
         if is_cancel:
-            self.rank.loop.cancel_flush(pending.command.flush_id)
+            self.rank.loop.withdraw_flush(pending.command.flush_id)
         else:
             self.rank.loop.expire_flush(pending)
         assert pending.ended.done(), "on one thread nothing stays claimed without a verdict"

@@ -170,7 +170,7 @@ def test_expiry_loses_against_a_claim() -> None:
     pending = take_in(gate)
     assert pending.claim.try_claim()
     assert gate.expire(pending, 11.0, BUSY) is None
-    assert gate.cancel("f", 11.0, BUSY) is None
+    assert gate.withdraw("f", 11.0, BUSY) is pending
     assert not pending.ended.done()
 
 
@@ -215,13 +215,34 @@ def test_who_can_wait_is_not_refused() -> None:
     assert gate.refuse_if_busy(step_mode, 10.0, BUSY) is None
 
 
-def test_cancel_ends_only_the_flush_of_that_id() -> None:
+def test_withdrawing_ends_only_the_flush_of_that_id() -> None:
     gate = FlushGate()
     pending = take_in(gate)
-    assert gate.cancel("other", 10.2, BUSY) is None
-    verdict = gate.cancel("f", 10.2, BUSY)
-    assert verdict is not None
+    other = gate.withdraw("other", 10.2, BUSY)
+    assert isinstance(other, FlushVerdict)
+    assert other.status == "refused"
+    assert gate.pending is pending
+    verdict = gate.withdraw("f", 10.2, BUSY)
+    assert isinstance(verdict, FlushVerdict)
     assert (verdict.status, pending.ended.result(0)) == ("refused", verdict)
+    assert gate.withdraw("f", 10.3, IDLE) == verdict
+
+
+def test_what_was_withdrawn_before_it_came_is_never_begun() -> None:
+    gate = FlushGate()
+    verdict = gate.withdraw("f", 10.0, IDLE)
+    assert gate.offer(flush_command("f"), 10.1, IDLE) == verdict
+    assert gate.pending is None
+
+
+def test_an_engine_that_has_not_served_has_nothing_to_flush() -> None:
+    gate = FlushGate()
+    pending = take_in(gate)
+    verdict = gate.end_unstarted(pending, 10.0)
+    assert verdict is not None
+    assert (verdict.status, verdict.epoch, pending.ended.result(0)) == ("flushed", pending.command.epoch, verdict)
+    assert gate.end_unstarted(pending, 10.1) is None
+    assert gate.offer(pending.command, 10.2, IDLE) == verdict
 
 
 def test_a_caller_that_hangs_up_does_not_cancel() -> None:

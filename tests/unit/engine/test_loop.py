@@ -255,8 +255,8 @@ def test_other_threads_can_cancel_and_re_read() -> None:
     rank.submit("r", PROMPT, max_new_tokens=9, ignore_eos=True)
     rank.turn()
     assert isinstance(rank.loop.offer_flush(flush_command("f")), PendingFlush)
-    verdict = rank.loop.cancel_flush("f")
-    assert verdict is not None
+    verdict = rank.loop.withdraw_flush("f")
+    assert isinstance(verdict, FlushVerdict)
     assert rank.loop.flush_verdict("f") == verdict
     rank.loop.see_term(9)
     late = rank.loop.offer_flush(flush_command("g", term=8))

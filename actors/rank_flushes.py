@@ -1,0 +1,69 @@
+"""A rank's answers to flush commands, on its control loop: deadlines are timers here, and never wait for the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+
+from engine.flush import FlushCommand, FlushVerdict
+from engine.loop import EngineLoop
+
+
+class RankFlushes:
+    """Stands between the controller's commands and the engine's gate."""
+
+    def __init__(
+        self,
+        engine: EngineLoop,
+        boot_s: Callable[[], float],
+        told_epoch: Callable[[int], None],
+        refused: Callable[[FlushCommand, FlushVerdict], None],
+    ) -> None:
+        """boot_s: CLOCK_BOOTTIME of this machine in seconds.  told_epoch: the rank must not serve under a lower one.
+        refused: told of each verdict that was given without taking the flush in.
+        """
+        self._engine = engine
+        self._boot_s = boot_s
+        self._told_epoch = told_epoch
+        self._refused = refused
+        self._is_serving = False
+
+    def serve(self) -> None:
+        """The engine begins to serve: from now on it may hold something."""
+        self._is_serving = True
+
+    async def flush(self, command: FlushCommand) -> FlushVerdict:
+        """Flush at the next instant that the mode allows, or say why not, at the latest when the budget is used up.
+
+        A repeat of a flush joins the first or reads its verdict again; no flush is executed twice, and none after its
+        `valid_until_s`.
+        """
+        engine = self._engine
+        offered = engine.offer_flush(command, self._in_engine_time(command.valid_until_s))
+        if isinstance(offered, FlushVerdict):
+            self._refused(command, offered)
+            return offered
+        if not self._is_serving:
+            engine.end_unstarted_flush(offered)
+            self._told_epoch(command.epoch)
+        left_s = offered.deadline_s - engine.now_s()
+        deadline = asyncio.get_running_loop().call_later(max(0.0, left_s), engine.expire_flush, offered)
+        try:
+            return await asyncio.wrap_future(offered.ended)
+        finally:
+            deadline.cancel()
+
+    async def close(self, flush_id: str, term: int) -> FlushVerdict:
+        """What became of a flush. If it has not begun it never will, even if its command is still on its way."""
+        self._engine.see_term(term)
+        withdrawn = self._engine.withdraw_flush(flush_id)
+        return withdrawn if isinstance(withdrawn, FlushVerdict) else await asyncio.wrap_future(withdrawn.ended)
+
+    def is_late(self, valid_until_s: float) -> bool:
+        """A command that was valid until then must not be carried out any more."""
+        return self._boot_s() >= valid_until_s
+
+    def _in_engine_time(self, valid_until_s: float) -> float:
+        """The two clocks differ by the time the machine was suspended, in which nothing ran."""
+        return math.inf if valid_until_s == math.inf else self._engine.now_s() + valid_until_s - self._boot_s()
