@@ -64,8 +64,11 @@ class AuditLog:
     async def _write_all(self) -> None:
         while self._pending:
             batch = self._next_batch()
+            num_dropped = self._num_dropped
+            head = [json.dumps({"call": "audit", "num_dropped": num_dropped}).encode()] if num_dropped else []
             try:
-                await self._in_thread(self._write, b"\n".join(batch))
+                await self._in_thread(self._write, b"\n".join(head + batch))
+                self._num_dropped -= num_dropped
             except OSError as error:
                 log.error("the audit log cannot be written: %s", error)
                 self._pending.extendleft(reversed(batch))
@@ -73,10 +76,7 @@ class AuditLog:
 
     def _next_batch(self) -> list[bytes]:
         batch = [self._pending.popleft()]
-        if self._num_dropped:
-            batch.insert(0, json.dumps({"call": "audit", "num_dropped": self._num_dropped}).encode())
-            self._num_dropped = 0
-        size = len(batch[-1])
+        size = len(batch[0])
         while self._pending and size + len(self._pending[0]) < MAX_BLOB_BYTES:
             size += len(self._pending[0]) + 1
             batch.append(self._pending.popleft())

@@ -242,6 +242,8 @@ class FlushMachine:
             return True
         if now_s < self._courtesy_until_s or self.run.is_cancelled:
             return False
+        if self._raising and now_s < self._patience_until_s:
+            return False
         return all(self._stand_in(record, now_s) is not None for record in open_records)
 
     def _stand_in(self, record: RankRecord, now_s: float) -> tuple[Literal["fenced", "expired"], str] | None:

@@ -180,7 +180,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         is_now_or_never=st.sampled_from([False, False, True]),
         scope=st.sampled_from(SCOPES),
         dry_run=st.sampled_from([False, False, False, True]),
-        then=st.sampled_from(["turn", "turn", "turn", "freeze", "rival"]),
+        then=st.sampled_from(["turn", "turn", "freeze", "rival", "rival"]),
     )
     def flush(
         self,

@@ -12,7 +12,7 @@ import ray.exceptions
 
 from actors.clock import BootClock
 from actors.flush_request import FlushLimits, FlushRequest, parse_flush
-from actors.messages import RankRecord
+from actors.messages import AbortCommand, RankRecord, Registered
 from actors.process_proof import start_time_of
 from engine.flush import FlushCommand, FlushVerdict
 
@@ -69,7 +69,10 @@ class FakeRank:
         self.record = record
         self.commands: list[FlushCommand] = []
         self.closed: list[tuple[str, int]] = []
-        self.aborted: list[list[str] | None] = []
+        self.aborted: list[AbortCommand] = []
+        #: of the page it reads
+        self.page_nonce = 0
+        self.registered: Registered | None = None
         self.has_command = asyncio.Event()
         self.dies = asyncio.Event()
         self.behave: Callable[[FlushCommand], Awaitable[FlushVerdict]] = self.flushes
@@ -83,7 +86,12 @@ class FakeRank:
         return FlushVerdict(command.flush_id, "flushed", epoch=command.epoch, freed_pages=3, freed_bytes=3072)
 
     async def do_hello(self) -> dict[str, Any]:
-        return {"incarnation": self.record.incarnation, "rank": self.record.rank, "pid": self.record.pid}
+        return {
+            "incarnation": self.record.incarnation,
+            "rank": self.record.rank,
+            "pid": self.record.pid,
+            "page_nonce": self.page_nonce,
+        }
 
     async def do_watch(self) -> None:
         await self.dies.wait()
@@ -98,8 +106,8 @@ class FakeRank:
         self.closed.append((flush_id, term))
         return FlushVerdict(flush_id, "flushed", epoch=7)
 
-    async def do_abort(self, request_ids: list[str] | None, reason: str) -> dict[str, Any]:
-        self.aborted.append(request_ids)
+    async def do_abort(self, command: AbortCommand) -> dict[str, Any]:
+        self.aborted.append(command)
         return {"num_aborted": 2}
 
     async def do_status(self) -> dict[str, Any]:

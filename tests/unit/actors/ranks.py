@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import platform
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -13,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from actors.fleet import Fleet
-from actors.messages import Member, Membership, RankRecord, Registered
+from actors.messages import Member, Membership, PagePlace, RankRecord, Registered
+from actors.node_processes import NodeProcesses
 from actors.place import Place
 from actors.rank_engine import EngineHooks, RankEngine
 from actors.scheduler import SchedulerActor
+from cache.control_page import ControlPageWriter, FileIdentity
 from cache.device_cache import DeviceCache
+from cache.shared_file import FileMaker, FilePaths
+from cache.shared_words import MAX_WORD, Words, fence_for
 from configs.schema import Settings
 from engine.batch import Batch
 from engine.limits import SchedulerLimits
@@ -25,11 +30,14 @@ from engine.loop import EngineLoop
 from engine.request import Output, Request, SamplingParams
 from engine.scheduler import Scheduler
 from tests.fakes import EOS, VOCAB_SIZE, FakeRunner, foretell, tokens_of
+from tests.unit.cache.node_files import FastClock
 
 NODE = "node-here"
 PAGE_SIZE = 4
 NUM_PAGES = 512
 MAX_LEN = 1024
+#: word of a control page that holds the end of the lease
+LEASE_END = 67
 LIMITS = SchedulerLimits(16, 256, MAX_LEN, (EOS,), 1000, VOCAB_SIZE)
 
 
@@ -93,6 +101,13 @@ class Rank:
     state_dir: Path
     #: exit statuses the process was ended with
     exits: list[int] = field(default_factory=list)
+    #: of its node; with a lease without end
+    page: ControlPageWriter = field(init=False)
+
+    @property
+    def words(self) -> Words:
+        """The page, word by word: a test may take a lease away, which no writer can."""
+        return self.page._words
 
     @property
     def incarnation(self) -> str:
@@ -115,6 +130,19 @@ class Rank:
         gate = Gate(self.runner)
         assert await asyncio.to_thread(gate.is_inside.wait, 10)
         return gate
+
+
+def control_page(folder: Path) -> ControlPageWriter:
+    """A node's control page in a file, let go by its writer so that a rank of this process may map it."""
+    maker = FileMaker(FileIdentity("lineage"), NodeProcesses(), FastClock(), fence_for(platform.machine()), nonce=1)
+    owned = maker.open(FilePaths(folder, "n"))
+    owned.close()
+    return owned.page
+
+
+def registered(folder: Path, *, term: int = 1, epoch: int = 0, floor: int = 0) -> Registered:
+    """What a controller answers to a rank of the node whose page lies there."""
+    return Registered(term, "lineage", epoch, floor, PagePlace(str(folder), "n", nonce=1))
 
 
 def build_fake(settings: Settings, hooks: EngineHooks) -> RankEngine:
@@ -151,8 +179,11 @@ async def running_rank(
         runner = built[0].loop._runner
         assert isinstance(runner, FakeRunner)
         rank = Rank(actor, record, runner, built[0].loop, Path(folder), exits)
+        page = control_page(Path(folder))
+        page.grant(1, 0, 0, MAX_WORD)
+        rank.page = page
         if joined:
-            await actor.join(Registered(term=1, lineage="lineage", epoch=0, floor=0))
+            await actor.join(registered(Path(folder)))
         try:
             yield rank
         finally:

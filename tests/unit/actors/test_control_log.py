@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from actors.clock import Clock
 from actors.control_log import ControlLog, Superseded
 from actors.flush_run import flush_answer
-from actors.log_records import FlushIntent, FlushOutcome, RankJoined, RankLeft
-from actors.log_stores import DirectoryStore, LogStore, MemoryStore
+from actors.log_records import FlushIntent, FlushOutcome, LogState, RankJoined, RankLeft
+from actors.log_stores import DirectoryStore, LogStore, MemoryStore, boot_directory
+from actors.messages import SubEpoch
 from configs.errors import ConfigError
 from engine.flush import FlushScope
 from tests.unit.actors.fakes import SetClock, make_request, rank_record
@@ -22,12 +24,14 @@ def make_intent(flush_id: str = "f", *, takes_epoch: bool = True, **arguments: o
 
 @pytest.fixture(params=["memory", "directory"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> LogStore:
-    return MemoryStore() if request.param == "memory" else DirectoryStore(tmp_path / "log")
+    return MemoryStore() if request.param == "memory" else DirectoryStore(tmp_path / "log", is_synced=False)
 
 
-def take_over(store: LogStore, actor_id: str = "actor", cluster: str = "cluster"):
-    log = ControlLog(store, SetClock())
-    return log, log.take_over(actor_id, cluster)
+def take_over(
+    store: LogStore, actor_id: str = "actor", cluster: str = "cluster", clock: Clock | None = None
+) -> tuple[ControlLog, LogState]:
+    log = ControlLog(store, clock or SetClock())
+    return log, log.take_over(actor_id, cluster).state
 
 
 def test_of_many_that_create_one_index_exactly_one_is_told_yes(store: LogStore) -> None:
@@ -51,17 +55,27 @@ def test_of_many_that_create_one_index_exactly_one_is_told_yes(store: LogStore) 
 
 
 def test_the_directory_keeps_nothing_but_records(tmp_path: Path) -> None:
-    store = DirectoryStore(tmp_path / "log")
+    store = DirectoryStore(tmp_path / "log", is_synced=True)
     assert store.create(1, b"a")
     assert not store.create(1, b"b")
     assert [path.name for path in (tmp_path / "log").iterdir()] == ["000000000001.json"]
     assert (tmp_path / "log" / "000000000001.json").stat().st_mode & 0o077 == 0
 
 
+def test_each_boot_of_the_machine_begins_its_own_log(tmp_path: Path) -> None:
+    first = DirectoryStore(boot_directory(tmp_path, "monday"), is_synced=False)
+    _, state = take_over(first)
+    again = DirectoryStore(boot_directory(tmp_path, "monday"), is_synced=False)
+    assert take_over(again)[1].lineage == state.lineage
+    other = DirectoryStore(boot_directory(tmp_path, "tuesday"), is_synced=False)
+    assert take_over(other)[1].lineage != state.lineage
+    assert [path.name for path in tmp_path.iterdir()] == ["tuesday"]
+
+
 def test_terms_and_epochs_rise_over_restarts(store: LogStore) -> None:
     first, state = take_over(store)
     assert (state.term, state.epoch, state.floor) == (1, 0, 0)
-    assert first.append(make_intent()) == 2
+    assert first.append(make_intent()).index == 2
     _, second = take_over(store)
     assert second.lineage == state.lineage
     assert second.term == 3
@@ -77,7 +91,7 @@ def test_the_loser_is_superseded_for_good(store: LogStore) -> None:
     assert caught.value.index == state.term
     with pytest.raises(Superseded):
         old.append(make_intent("old-again"))
-    assert new.append(make_intent("new")) == state.term + 1
+    assert new.append(make_intent("new")).index == state.term + 1
 
 
 def test_two_that_take_over_at_once_get_two_terms(store: LogStore) -> None:
@@ -87,7 +101,7 @@ def test_two_that_take_over_at_once_get_two_terms(store: LogStore) -> None:
     def begin() -> None:
         log = ControlLog(store, SetClock())
         barrier.wait()
-        terms.append(log.take_over("actor", "cluster").term)
+        terms.append(log.take_over("actor", "cluster").state.term)
 
     threads = [threading.Thread(target=begin) for _ in range(4)]
     for thread in threads:
@@ -102,17 +116,19 @@ def test_everything_stored_is_read_again(store: LogStore) -> None:
     record, other = rank_record(0, tcp_key="key", gpu_ids=("1",)), rank_record(1)
     log.append(RankJoined(record))
     log.append(RankJoined(other))
-    log.append(RankLeft(other.incarnation))
     ended = make_request("ended", timeout_s=2.5)
-    intent = log.append(FlushIntent(ended, True, (record.incarnation,), "then"))
+    intent = log.append(FlushIntent(ended, True, (record.incarnation,), "then")).index
     answer = flush_answer(ended, success=True, status="flushed", message="Cache flushed.", http_status=200)
     log.append(FlushOutcome(intent, intent, answer))
     scoped = make_intent("open", takes_epoch=False, scope={"prefix_tokens": [1, 2]})
-    open_index = log.append(scoped)
+    open_index = log.append(scoped).index
+    log.append(RankLeft(other.incarnation))
     _, state = take_over(store)
     assert state.members == {record.incarnation: record}
+    assert state.joined_at == {record.incarnation: 2}
     assert state.past == {other.incarnation: other}
-    assert (state.epoch, state.floor) == (intent, intent)
+    assert (state.epoch, state.floor, state.promised) == (intent, intent, intent)
+    assert state.sub_epochs == [SubEpoch(FlushScope(prefix_tokens=b"\1\0\0\0\2\0\0\0"), open_index)]
     assert state.ended["ended"].answer == answer
     assert state.ended["ended"].request == ended
     assert (state.ended["ended"].boot_id, state.ended["ended"].boot_s) == ("boot", 100.0)
@@ -123,6 +139,7 @@ def test_everything_stored_is_read_again(store: LogStore) -> None:
 def test_ranks_of_an_earlier_cluster_are_past(store: LogStore) -> None:
     log, _ = take_over(store, cluster="monday")
     log.append(RankJoined(rank_record(0)))
+    log.append(make_intent())
     _, state = take_over(store, actor_id="other", cluster="tuesday")
     assert state.members == {}
     assert list(state.past) == ["incarnation-0"]
@@ -148,13 +165,15 @@ def test_after_an_uncertain_write_the_next_one_goes_behind_it() -> None:
     store.fails = True
     with pytest.raises(OSError, match="no answer"):
         log.append(make_intent("uncertain"))
-    assert log.append(make_intent("next")) == 3
+    written = log.append(make_intent("next"))
+    assert written.index == 3
+    assert [(index, entry.record) for index, entry in written.found] == [(2, make_intent("uncertain"))]
     _, state = take_over(store)
     assert [intent.request.flush_id for intent in state.open_flushes.values()] == ["uncertain", "next"]
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
-    store = DirectoryStore(tmp_path)
+    store = DirectoryStore(tmp_path, is_synced=False)
     take_over(store)
     store.create(2, b"{}")
     with pytest.raises(ConfigError, match="record 2"):
@@ -164,6 +183,6 @@ def test_damage_is_named(tmp_path: Path) -> None:
 def test_a_missing_record_is_named() -> None:
     store = MemoryStore()
     take_over(store)
-    store.create(3, b"{}")
+    store.create(3, store.read(1) or b"")
     with pytest.raises(ConfigError, match="gaps"):
         take_over(store)

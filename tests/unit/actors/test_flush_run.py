@@ -13,8 +13,8 @@ ROW_KEYS = {
     "copies_in_flight", "blockers", "num_aborted", "num_retracted",
 }  # fmt: skip
 ANSWER_KEYS = {
-    "flush_id", "success", "status", "message", "http_status", "epoch", "mode", "tiers", "dry_run", "floor_raised",
-    "replayed", "started_at", "took_ms", "ranks", "host_tiers", "untouched_tiers",
+    "flush_id", "success", "status", "message", "http_status", "epoch", "sub_epoch", "mode", "tiers", "dry_run",
+    "floor_raised", "superseded_by", "replayed", "started_at", "took_ms", "ranks", "host_tiers", "untouched_tiers",
 }  # fmt: skip
 
 

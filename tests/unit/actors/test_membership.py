@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from actors.membership import MembershipBook
+from actors.messages import RankRecord
 from tests.unit.actors.fakes import rank_record
 
 
@@ -10,10 +11,36 @@ def _book() -> MembershipBook:
     return MembershipBook(term=3, epoch=2, floor=1)
 
 
+def _register(book: MembershipBook, record: RankRecord) -> bool:
+    """Register and be answered."""
+    is_news = book.register(record)
+    book.answered(record.incarnation)
+    return is_news
+
+
+def test_a_rank_takes_requests_when_its_registration_is_answered() -> None:
+    book = _book()
+    book.register(rank_record(0))
+    assert book.is_joining("incarnation-0")
+    assert book.view().members == ()
+    assert not book.found("incarnation-0")
+    assert book.view().members == ()
+    version = book.version
+    book.answered("incarnation-0")
+    assert not book.is_joining("incarnation-0")
+    assert len(book.view().members) == 1
+    assert book.version > version
+    # a repeat of the first registration does not make it new again
+    book.register(rank_record(0))
+    assert not book.is_joining("incarnation-0")
+    book.register(rank_record(1, lineage="lineage", epoch=4))
+    assert not book.is_joining("incarnation-1")
+
+
 def test_a_registered_rank_takes_requests_until_it_is_lost() -> None:
     book = _book()
     before = book.version
-    assert book.register(rank_record(1, tcp_key="key"))
+    assert _register(book, rank_record(1, tcp_key="key"))
     assert book.version != before
     view = book.view()
     assert [(member.rank, member.incarnation, member.tcp_key) for member in view.members] == [
@@ -28,7 +55,7 @@ def test_a_registered_rank_takes_requests_until_it_is_lost() -> None:
 
 def test_a_lost_rank_comes_back_and_a_gone_one_does_not() -> None:
     book = _book()
-    book.register(rank_record(0))
+    _register(book, rank_record(0))
     book.lost("incarnation-0")
     assert book.found("incarnation-0")
     assert len(book.view().members) == 1
@@ -40,9 +67,9 @@ def test_a_lost_rank_comes_back_and_a_gone_one_does_not() -> None:
 
 def test_only_news_changes_the_version() -> None:
     book = _book()
-    assert book.register(rank_record(0))
+    assert _register(book, rank_record(0))
     version = book.version
-    assert not book.register(rank_record(0))
+    assert not _register(book, rank_record(0))
     assert not book.found("incarnation-0")
     assert not book.lost("nobody")
     book.advance(2, 1)
@@ -54,9 +81,9 @@ def test_only_news_changes_the_version() -> None:
 
 def test_a_rank_with_another_number_is_news() -> None:
     book = _book()
-    book.register(rank_record(0, "one"))
+    _register(book, rank_record(0, "one"))
     version = book.version
-    assert book.register(rank_record(3, "one"))
+    assert _register(book, rank_record(3, "one"))
     assert book.version != version
     assert [(member.rank, member.incarnation) for member in book.view().members] == [(3, "one")]
 
@@ -72,8 +99,8 @@ def test_a_restored_rank_takes_no_request_until_it_answers() -> None:
 
 def test_two_incarnations_of_one_rank_number_are_two() -> None:
     book = _book()
-    book.register(rank_record(0, "old"))
-    book.register(rank_record(0, "new"))
+    _register(book, rank_record(0, "old"))
+    _register(book, rank_record(0, "new"))
     assert [member.incarnation for member in book.view().members] == ["old", "new"]
 
 

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
 import time
+from dataclasses import replace
 
 import pytest
 
-from actors.messages import Registered
+from actors.fleet import Fleet
+from actors.messages import AbortCommand
 from configs.errors import InvariantError
 from engine.batch import Batch
 from engine.flush import ALREADY_IN_PROGRESS, TIMED_OUT_WAITING
 from tests.fakes import flush_command
 from tests.unit.actors.ranks import (
+    LEASE_END,
     Members,
+    Rank,
     collect,
     expected,
     fleet_of,
     rank_and_fleet,
+    registered,
     request,
     run,
     running_rank,
@@ -90,7 +96,7 @@ def test_every_control_call_answers_inside_a_step() -> None:
             status = await rank.actor.status()
             assert status["is_stepping"]
             assert status["blockers"]["half_prefilled"] + status["blockers"]["running"] == 1
-            assert await rank.actor.abort(["r"], "enough") == {"num_aborted": 1}
+            assert await rank.actor.abort(AbortCommand(("r",), "enough", 1, math.inf)) == {"num_aborted": 1}
             gate.open()
             assert (await stream)[-1].finish == "abort"
 
@@ -158,10 +164,58 @@ def test_nothing_is_matched_before_the_rank_has_joined_and_then_under_the_answer
             assert not done
             assert not rank.runner.batches
             assert not (await rank.actor.hello())["is_serving"]
-            await rank.actor.join(Registered(term=2, lineage="l", epoch=9, floor=7))
+            # a flush of an empty rank is done at once, and what it said holds from the first match on
+            early = await asyncio.wait_for(rank.actor.flush(flush_command("early", epoch=8, budget_s=60.0)), 1)
+            assert (early.status, early.epoch) == ("flushed", 8)
+            await rank.actor.join(registered(rank.state_dir, term=2, epoch=9, floor=7))
             assert tokens(await stream) == expected(asked)
             assert (await rank.actor.status())["epoch"] == 9
-            assert (await rank.actor.hello())["lineage"] == "l"
+            assert (await rank.actor.hello())["lineage"] == "lineage"
+            assert (await rank.actor.hello())["page_nonce"] == rank.page.nonce
+
+    run(scenario())
+
+
+def test_out_of_lease_a_rank_serves_uncached_and_with_the_next_lease_under_its_floor() -> None:
+    async def cached(rank: Rank, fleet: Fleet, name: str) -> int | None:
+        outputs = await collect(fleet, rank.incarnation, request(name, list(range(1, 14))))
+        assert tokens(outputs) == expected(request(name, list(range(1, 14))))
+        assert outputs[-1].stats is not None
+        return outputs[-1].stats.num_cached_tokens
+
+    async def scenario() -> None:
+        async with rank_and_fleet() as (rank, fleet):
+            assert await cached(rank, fleet, "cold") == 0
+            assert await cached(rank, fleet, "warm") == 12
+            lease_end = rank.words[LEASE_END]
+            rank.words[LEASE_END] = 0
+            assert await cached(rank, fleet, "uncached") == 0
+            status = await rank.actor.status()
+            assert not status["lease_ok"]
+            assert status["counters"]["num_uncached_admissions"] == 1
+            rank.words[LEASE_END] = lease_end
+            assert await cached(rank, fleet, "warm again") == 12
+            assert rank.page.raise_floor(1, 5)
+            assert await cached(rank, fleet, "fenced") == 0
+            assert (await rank.actor.status())["epoch"] == 5
+            assert await cached(rank, fleet, "warm under the floor") == 12
+
+    run(scenario())
+
+
+def test_commands_that_come_too_late_do_nothing() -> None:
+    async def scenario() -> None:
+        async with rank_and_fleet() as (rank, fleet):
+            stream = asyncio.create_task(collect(fleet, rank.incarnation, request()))
+            gate = await rank.inside_a_step()
+            now_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+            late = replace(flush_command("late", "abort", epoch=1, budget_s=5.0), valid_until_s=now_s - 0.001)
+            assert (await rank.actor.flush(late)).status == "expired_command"
+            assert (await rank.actor.abort(AbortCommand(None, "late", 1, now_s - 0.001)))["num_aborted"] == 0
+            assert (await rank.actor.abort(AbortCommand(None, "superseded", 0, now_s + 9)))["num_aborted"] == 0
+            gate.open()
+            assert (await stream)[-1].finish == "length"
+            assert (await rank.actor.status())["epoch"] == 0
 
     run(scenario())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import pytest
 import zmq
 
 from actors.fleet import MemberLoad
+from actors.messages import AbortCommand
 from configs.errors import RankLost
 from tests.unit.actors.ranks import (
     Members,
@@ -102,10 +104,10 @@ def test_a_control_call_aborts_by_id_or_all() -> None:
             streams = {i: fleet.generate(rank.incarnation, request(i, num_tokens=900)) for i in ("a", "b", "c")}
             for stream in streams.values():
                 await anext(stream)
-            assert await rank.actor.abort(["a", "unknown"], "asked to") == {"num_aborted": 1}
+            assert await rank.actor.abort(AbortCommand(("a", "unknown"), "asked to", 1, math.inf)) == {"num_aborted": 1}
             last = [output async for output in streams["a"]][-1]
             assert (last.finish, last.message) == ("abort", "asked to")
-            assert await rank.actor.abort(None, "all of them") == {"num_aborted": 2}
+            assert await rank.actor.abort(AbortCommand(None, "all of them", 1, math.inf)) == {"num_aborted": 2}
             for name in ("b", "c"):
                 assert [output async for output in streams[name]][-1].finish == "abort"
 

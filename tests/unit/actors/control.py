@@ -1,0 +1,128 @@
+"""A whole controller without Ray: real log, clock and process proofs, agents of production on pages in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from actors.clock import BootClock, Clock
+from actors.control_log import ControlLog
+from actors.control_plane import ControlPlane
+from actors.end_proofs import LocalEnd, process_name
+from actors.log_stores import LogStore, MemoryStore
+from actors.log_thread import LogThread
+from actors.metrics import ControlMetrics
+from actors.surroundings import Surroundings
+from configs.schema import ControlSettings
+from tests.unit.actors.fakes import NODE, FakeRank
+from tests.unit.actors.nodes import FakeNode
+
+
+def run(coroutine: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(coroutine, 20))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop turn until a fact holds that sends no event; the scenario's own deadline ends it."""
+    for _ in itertools.count():
+        if condition():
+            return
+        await asyncio.sleep(0.001)
+
+
+def child_process() -> subprocess.Popen[bytes]:
+    """A process that lives until it is killed or its input is closed."""
+    return subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+
+
+@dataclass
+class World:
+    """What outlives a controller: nodes with their pages, the log, and which controller has the name."""
+
+    clock: Clock = field(default_factory=BootClock)
+    store: LogStore = field(default_factory=MemoryStore)
+    audit: LogStore = field(default_factory=MemoryStore)
+    nodes: dict[str, FakeNode] = field(default_factory=dict)
+    #: the controller that agents find by its name; None: there is none now
+    controller: ControlPlane | None = None
+    #: ranks whose actors Ray would find by name
+    ranks: list[FakeRank] = field(default_factory=list)
+    #: how often a controller ended its process
+    num_ended: int = 0
+    is_one_machine: bool = True
+    #: nodes whose clock is not the controller's
+    clocks: dict[str, Clock] = field(default_factory=dict)
+
+    def node(self, node_id: str = NODE) -> FakeNode:
+        """A node, with its agent started when it is first asked for."""
+        if node_id not in self.nodes:
+            clock = self.clocks.get(node_id, self.clock)
+            self.nodes[node_id] = FakeNode(node_id, lambda: self.controller, clock)
+            self.nodes[node_id].start()
+        return self.nodes[node_id]
+
+    def end_process(self) -> None:
+        self.num_ended += 1
+
+    async def ensure_agent(self, node_id: str) -> None:
+        self.node(node_id)
+
+    async def find_handle(self, record: Any) -> FakeRank | None:
+        return next((rank for rank in self.ranks if rank.record.incarnation == record.incarnation), None)
+
+    @asynccontextmanager
+    async def start(self, **settings: Any) -> AsyncIterator[ControlPlane]:
+        """A controller that takes over now; agents find it until another one starts, or the block ends."""
+        around = Surroundings(
+            clock=self.clock, actor_id="controller-actor", cluster="cluster", node_id=NODE,
+            find_handle=self.find_handle, find_process=lambda record: LocalEnd.of(process_name(record)),
+            ensure_agent=self.ensure_agent, in_thread=asyncio.to_thread, end_process=self.end_process,
+            is_one_machine=self.is_one_machine,
+        )  # fmt: skip
+        writer = LogThread(ControlLog(self.store, self.clock))
+        plane = ControlPlane(writer, self.audit, ControlSettings(**settings), around, ControlMetrics())
+        await plane.start()
+        self.controller = plane
+        try:
+            yield plane
+        finally:
+            if self.controller is plane:
+                self.controller = None
+            await plane.close()
+
+    def close(self) -> None:
+        for node in self.nodes.values():
+            node.close()
+
+
+@asynccontextmanager
+async def world(**facts: Any) -> AsyncIterator[World]:
+    """A world for one test."""
+    around = World(**facts)
+    try:
+        yield around
+    finally:
+        around.close()
+
+
+@asynccontextmanager
+async def control_plane(
+    store: LogStore | None = None, known: list[FakeRank] | None = None, clock: Clock | None = None, **settings: Any
+) -> AsyncIterator[ControlPlane]:
+    """A controller over `store` in a world of its own; `known` are the actors that Ray would find by name."""
+    facts = {"store": store or MemoryStore(), "clock": clock or BootClock(), "ranks": known or []}
+    async with world(**facts) as around, around.start(**settings) as plane:
+        yield plane
+
+
+async def add(plane: ControlPlane, *ranks: FakeRank) -> None:
+    """Register these ranks; each reads the page it is told."""
+    for rank in ranks:
+        rank.registered = await plane.register(rank.record, rank)
+        rank.page_nonce = rank.registered.page.nonce
