@@ -5,12 +5,9 @@ from __future__ import annotations
 import shlex
 
 from configs.schema import Settings
+from tidegate.client import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from tidegate.local_ray import LocalRay
 from tidegate.state_dir import StateDir
-
-#: environment variables that the printed commands and `tidegate` itself read keys from; keys are never printed
-API_KEY_VARIABLE = "TIDEGATE_API_KEY"
-ADMIN_KEY_VARIABLE = "TIDEGATE_ADMIN_KEY"
 
 
 def base_url(settings: Settings) -> str:
