@@ -82,9 +82,10 @@ class PrefixIndex:
         return b"".join(parts)[: stop // self.page_bytes * PAGE_ID_BYTES]
 
     def pin(self, node: NodeId) -> None:
-        """The node and all above it are not evicted until `unpin`. It stops at the first node that has owners: O(1) on a path in use.
+        """The node and all above it are not evicted until `unpin`.
 
-        (Going up through nodes nobody used keeps the number of pinned pages exact.)
+        Owners are counted up to the first node that has some already: O(1) on a path in use. Safety would not need
+        the walk, an exact number of pinned pages does.
         """
         owners, parents, pages = self.table.owners, self.table.parents, self.table.pages
         above: int = node
