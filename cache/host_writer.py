@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from cache.arena import Arena, PageView
 from cache.host_tier import CommitOutcome
-from cache.page_checksum import PageEntry, copy_page
+from cache.page_checksum import PageEntry, copy_page, entry_seed, key_words
 from cache.slot_owners import SlotLease, SlotRef
 from cache.types import Epoch
 
@@ -56,9 +56,9 @@ class HostWriter:
             self.dropped["no_slot"] += 1
             return False
         slot, generation = self._ready.pop()
-        entry = PageEntry(slot, generation, key, epoch, self._drop, birth_ns)
-        checksum = copy_page(source, self._pages[slot], hashed=source, seed=entry.seed())
-        self._written.append(entry._replace(checksum=checksum))
+        seed = entry_seed(*key_words(key), slot, generation, epoch, self._drop, birth_ns)
+        checksum = copy_page(source, self._pages[slot], hashed=source, seed=seed)
+        self._written.append(PageEntry(slot, generation, key, epoch, self._drop, birth_ns, checksum))
         self.num_written += 1
         self.written_bytes += len(source)
         return True

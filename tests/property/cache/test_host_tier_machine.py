@@ -168,6 +168,7 @@ class TestHostTier(HostTierMachine.TestCase):
 
 
 @pytest.mark.deep
+@pytest.mark.timeout(7200)
 class TestHostTierDeep(HostTierMachine.TestCase):
     """The same, long."""
 
