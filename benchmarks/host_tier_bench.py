@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from actors.node_processes import NodeProcesses
+from actors.node_processes import NodeClock, NodeProcesses
 from benchmarks.harness import Case, Figures, alternate, report, time_us
 from cache.arena import Arena, ArenaGeometry, PageView, control_words
 from cache.control_page import ControlPage, ControlPageWriter, FileIdentity
@@ -41,24 +40,15 @@ EPOCH_0 = Epoch(0)
 PREFIX_PAGES = 512
 
 
-class RealClock:
-    def now_s(self) -> float:
-        return time.monotonic()
-
-    def pause_s(self, duration_s: float) -> None:
-        threading.Event().wait(duration_s)
-
-
 @contextmanager
 def arena_in_shm(num_slots: int, page_bytes: int) -> Iterator[tuple[Arena, ControlPageWriter]]:
     """A real file, pre-faulted, gone at the end."""
     identity = FileIdentity("bench", "bench", num_slots, page_bytes)
-    owned = FileMaker(identity, NodeProcesses(), RealClock(), FENCE, nonce=0).open(
+    owned = FileMaker(identity, NodeProcesses(), NodeClock(), FENCE, nonce=0).open(
         FilePaths(Path("/dev/shm"), f"bench-{os.getpid()}")
     )
     try:
-        geometry = ArenaGeometry(num_slots, page_bytes)
-        arena = Arena(owned.mapping, owned.mapping, geometry.data_offset, geometry)
+        arena = owned.arena()
         for _ in arena.prefault():
             pass
         yield arena, owned.page
