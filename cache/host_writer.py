@@ -29,7 +29,7 @@ class HostWriter:
         #: pages copied, bytes of them
         self.num_written = 0
         self.written_bytes = 0
-        #: pages that did not reach the tier, by reason; `no_slot` and the outcomes of a commit but `committed`
+        #: pages that did not reach the tier, by reason: `no_slot`, `no_answer`, or what the tier said to a commit
         self.dropped: Counter[str] = Counter()
 
     @property
@@ -73,7 +73,7 @@ class HostWriter:
         """What the tier made of pages it was told: their slots are no longer ours."""
         settled = set(entries)
         self._told = [entry for entry in self._told if entry not in settled]
-        self.dropped.update(outcome for outcome in outcomes if outcome != "committed")
+        self.dropped.update(outcome for outcome in outcomes if outcome not in ("committed", "known"))
         if "old_drop" in outcomes:
             self._to_give_back += self._ready
             self._ready = []

@@ -11,7 +11,7 @@ import errno
 import logging
 import mmap
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -123,15 +123,14 @@ class FileMaker:
         writer is being ended. Raises ConfigError, leaving no file of ours behind, if the name belongs to a living
         deployment, the directory cannot be written, or the size does not fit.
         """
-        try:
+        with _faults_of(paths.directory):
             lock = lock_as_writer(paths.lock, self.identity.lineage, self.processes, self.clock)
-        except OSError as error:
-            raise ConfigError(f"cannot use {paths.directory} for the node's shared file: {error.strerror}") from error
         try:
-            mapping = self._adopt(paths)
-            was_adopted = mapping is not None
-            if mapping is None:
-                mapping = self._make(paths)
+            with _faults_of(paths.directory):
+                mapping = self._adopt(paths)
+                was_adopted = mapping is not None
+                if mapping is None:
+                    mapping = self._make(paths)
         except BaseException:
             if paths.data.exists():
                 lock.release()
@@ -210,11 +209,13 @@ def attach(paths: FilePaths, fence: Fence, identity: FileIdentity | None = None)
     identity: what the file must hold; None takes it as it is. Raises ConfigError if it holds something else. A process
     attaches a file once: who finds it retired closes it and attaches anew.
     """
-    lock = FileLock.try_read(paths.lock)
+    with _faults_of(paths.directory):
+        lock = FileLock.try_read(paths.lock)
     if lock is None:
         return None
     try:
-        attached = _attach_locked(paths.data, lock, fence, identity)
+        with _faults_of(paths.directory):
+            attached = _attach_locked(paths.data, lock, fence, identity)
     except BaseException:
         lock.release()
         raise
@@ -261,18 +262,33 @@ def sweep(directory: Path, fence: Fence, keep: Collection[str] = ()) -> list[str
 def _sweep_one(paths: FilePaths, fence: Fence) -> bool:
     try:
         lock = FileLock.try_alone(paths.lock)
-        if lock is None:
-            return False
-        mapping = _map_existing(paths.data)
     except OSError as error:
         logger.info("%s is left alone: %s", paths.data, error)
         return False
-    if mapping is not None:
-        ControlPageWriter(control_words(mapping), fence).retire()
-    for path in (paths.data, paths.fresh):
-        path.unlink(missing_ok=True)
+    if lock is None:
+        return False
+    try:
+        mapping = _map_existing(paths.data)
+        if mapping is not None:
+            ControlPageWriter(control_words(mapping), fence).retire()
+        for path in (paths.data, paths.fresh):
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.info("%s is left alone: %s", paths.data, error)
+        lock.release()
+        return False
     lock.remove()
     return True
+
+
+@contextlib.contextmanager
+def _faults_of(directory: Path) -> Generator[None, None, None]:
+    """What the file system refuses, as an error that says where."""
+    try:
+        yield
+    except OSError as error:
+        name = error.filename or directory
+        raise ConfigError(f"cannot use {name} for the node's shared file: {error.strerror}") from error
 
 
 def _map_existing(path: Path) -> mmap.mmap | None:

@@ -110,7 +110,11 @@ def lock_as_writer(path: Path, lineage: str, processes: Processes, clock: Clock)
         lock = _wait_for_lock(path, DEATH_S, clock)
     if lock is None:
         raise ConfigError(f"the process that writes {path} was killed and still holds its lock after {DEATH_S:g} s")
-    lock.record(processes.own_id(), lineage)
+    try:
+        lock.record(processes.own_id(), lineage)
+    except OSError:
+        lock.release()
+        raise
     return lock
 
 

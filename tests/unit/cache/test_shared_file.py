@@ -103,6 +103,24 @@ def test_a_directory_that_is_not_there_is_named(tmp_path: Path):
         maker().open(FilePaths(tmp_path / "nowhere", "a"))
 
 
+def test_what_the_file_system_refuses_is_said_with_its_place(paths: FilePaths):
+    target = paths.directory / "elsewhere"
+    target.write_bytes(b"not ours")
+    paths.data.symlink_to(target)
+    for use in (lambda: maker().open(paths), lambda: attach(paths, FENCE)):
+        paths.lock.touch()
+        with pytest.raises(ConfigError, match=r"tidegate-test-node\.kv.*symbolic"):
+            use()
+    assert sweep(paths.directory, FENCE) == []
+    assert target.read_bytes() == b"not ours"
+    paths.data.unlink()
+    paths.lock.unlink()
+    paths.lock.symlink_to(target)
+    with pytest.raises(ConfigError, match=r"tidegate-test-node\.lock.*symbolic"):
+        attach(paths, FENCE)
+    assert sweep(paths.directory, FENCE) == []
+
+
 def test_a_reader_maps_words_read_only_and_data_writable(paths: FilePaths):
     maker().open(paths).close()
     assert attach(FilePaths(paths.directory, "another"), FENCE) is None
