@@ -4,7 +4,9 @@
 # GB of libraries; for a CPU-only machine say
 #     make serve TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 
-PYTHON ?= python3
+# the first interpreter of these that is new enough
+PYTHON ?= $(firstword $(foreach p,python3 python3.11 python3.12 python3.13,$(shell \
+    $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
 VENV ?= .venv
 TORCH_ARGS ?=
 SERVE_ARGS ?=
@@ -18,12 +20,15 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 # of one test process; the ranks that a test starts count theirs themselves
 TEST_ENV := OMP_NUM_THREADS=1 RAY_worker_niceness=0 RAY_USAGE_STATS_ENABLED=0 RAY_DEDUP_LOGS=0
 
-.PHONY: serve install test test-deep check format bench clean
+.PHONY: serve install install-dev test test-deep check format bench clean
 
+# --exit-with-parent: killing make, by SIGKILL too, ends the server
 serve: $(INSTALLED)
-	@exec $(BIN)/tidegate serve $(SERVE_ARGS)
+	@exec $(BIN)/tidegate serve --exit-with-parent $(SERVE_ARGS)
 
-install: $(INSTALLED_DEV)
+install: $(INSTALLED)
+
+install-dev: $(INSTALLED_DEV)
 
 test: check $(INSTALLED_DEV)
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not deep and not gpu" $(PYTEST_ARGS)
@@ -48,15 +53,16 @@ clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tidegate needs Python 3.11 or newer")'
+	@$(if $(PYTHON),:,echo "Tidegate needs Python 3.11 or newer; none was found (PYTHON=/path/to/python3.11)"; exit 1)
 	$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): $(VENV)/bin/python pyproject.toml constraints.txt
-	@echo "Installing Tidegate and its dependencies into $(VENV): about 1.6 GB with the CPU build of torch"
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH_ARGS) $(TORCH)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	@echo "Installing Tidegate and its dependencies into $(VENV): 1.6 GB with the CPU build of torch, several more"
+	@echo "with the CUDA build, which is what pip takes on Linux unless TORCH_ARGS says otherwise (see Makefile)."
+	$(BIN)/python -m pip install --disable-pip-version-check $(TORCH_ARGS) $(TORCH)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

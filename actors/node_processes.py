@@ -1,9 +1,11 @@
-"""The cache's probe of this machine's processes, answered by the kernel (`actors.process_proof`)."""
+"""What the cache asks of the machine under its shared file: the processes that run there, and time."""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 
 from actors.process_proof import ProcessProof, start_time_of
 from cache.processes import ProcessId
@@ -41,3 +43,14 @@ class NodeProcesses:
             return
         finally:
             proof.close()
+
+
+class NodeClock:
+    """Implements `cache.writer_lock.Clock`. Its pauses block: own a file in a thread, not on an event loop."""
+
+    def now_s(self) -> float:
+        """CLOCK_BOOTTIME."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def pause_s(self, duration_s: float) -> None:
+        threading.Event().wait(duration_s)

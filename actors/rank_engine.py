@@ -91,7 +91,8 @@ def load_engine(settings: Settings, hooks: EngineHooks) -> RankEngine:
              engine.page_size)  # fmt: skip
     return RankEngine(
         loop,
-        max_len=facts.max_len,
+        # a pool smaller than the context is the limit that the doors must know
+        max_len=limits.max_total_tokens(num_pages * engine.page_size),
         page_size=engine.page_size,
         num_pages=num_pages,
         bytes_per_page=runner.bytes_per_page,

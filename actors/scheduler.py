@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 _REPORT_PERIOD_S = 1.0
 #: exit status after the engine thread has died
 EXIT_ENGINE_DIED = 70
+#: above the control loops': a rank that computes on every core must not make its own deadlines late. On a GPU the
+#: engine thread is what the device waits for, and stays at 0.
+_CPU_ENGINE_NICENESS = 5
 #: for the last words of a dying rank to reach its clients
 _LAST_WORDS_MS = 200
 
@@ -233,6 +236,9 @@ class SchedulerActor:
     # --- the engine thread --------------------------------------------------------------------------------------------
 
     def _run_engine(self) -> None:
+        if self._settings.engine.device == "cpu":
+            # On Linux niceness is a thread's own, and the threads that torch makes inherit it.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _CPU_ENGINE_NICENESS)
         try:
             self._engine.loop.run()
         except BaseException:

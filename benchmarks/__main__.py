@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-MODULES = ("benchmarks.index_bench", "benchmarks.engine_bench")
+MODULES = ("benchmarks.index_bench", "benchmarks.engine_bench", "benchmarks.host_tier_bench")
 
 
 def main() -> int:

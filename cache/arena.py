@@ -16,7 +16,7 @@ from typing import Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.control_page import CONTROL_PAGE_BYTES, NUM_CONTROL_WORDS
+from cache.control_page import CONTROL_PAGE_BYTES, NUM_CONTROL_WORDS, ControlPage
 from cache.shared_words import WORD_BYTES, Words, words_at
 from configs.errors import ConfigError
 
@@ -45,6 +45,11 @@ class ArenaGeometry:
     #: 0: a file without a host tier, the control page alone
     num_slots: int = 0
     page_bytes: int = 0
+
+    @classmethod
+    def of_page(cls, page: ControlPage) -> ArenaGeometry:
+        """The geometry that a file's control page records."""
+        return cls(page.num_slots, page.page_bytes)
 
     @classmethod
     def fitting(cls, file_bytes: int, page_bytes: int) -> ArenaGeometry:

@@ -65,14 +65,9 @@ def index_faults(table: SlotTable, index: HostIndex) -> tuple[NDArray[np.int64],
     is_committed = table.states() == COMMITTED
     positions, slots, tags = index.occupied()
     in_range = (slots >= 0) & (slots < len(table))
-    rows = table.rows[np.where(in_range, slots, 0)]
-    keys = rows[:, KEY_LOW : KEY_HIGH + 1]
-    good = (
-        in_range
-        & is_committed[np.where(in_range, slots, 0)]
-        & (tags == keys[:, 1] >> np.uint64(32))
-        & index.is_place_of(positions, keys)
-    )
+    named = np.where(in_range, slots, 0)
+    keys = table.rows[named, KEY_LOW : KEY_HIGH + 1]
+    good = in_range & is_committed[named] & (tags == keys[:, 1] >> np.uint64(32)) & index.is_place_of(positions, keys)
     is_first = np.zeros(len(slots), np.bool_)
     is_first[np.unique(slots, return_index=True)[1]] = True
     good &= is_first

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.arena import BUCKET_WORDS
+from cache.page_checksum import key_words
 from cache.shared_words import Store, Words, store_word
-from cache.slot_table import key_words
 
 _HALF: Final = np.uint64(32)
 _LOW_MASK: Final = 0xFFFF_FFFF

@@ -19,7 +19,7 @@ from cache.arena import SLOT_WORDS, Arena, PageView
 from cache.control_page import ControlPage, NodeWords
 from cache.host_index import HostIndex, KeyArray
 from cache.keys import PageKeys
-from cache.page_checksum import PageEntry, copy_page
+from cache.page_checksum import copy_page, entry_seed
 from cache.slot_owners import SlotRef
 from cache.slot_table import (
     BIRTH,
@@ -32,7 +32,6 @@ from cache.slot_table import (
     KEY_LOW,
     STATE,
     STATE_MASK,
-    key_of_words,
 )
 from cache.types import Epoch
 
@@ -73,13 +72,6 @@ class HostMatch:
 
     def ref(self, index: int) -> SlotRef:
         return SlotRef(self.slots[index], self.state_words[index] >> GENERATION_SHIFT)
-
-    def entry(self, index: int) -> PageEntry:
-        """The page as the row described it."""
-        row: list[int] = self.rows[index].tolist()
-        slot, generation = self.ref(index)
-        key = key_of_words(row[KEY_LOW], row[KEY_HIGH])
-        return PageEntry(slot, generation, key, row[EPOCH], row[DROP], row[BIRTH], row[CHECKSUM])
 
 
 class HostReader:
@@ -126,26 +118,28 @@ class HostReader:
         Otherwise `target` holds bytes of no meaning and the chain ends before this page. About 1.3 times a memcpy
         with full verification.
         """
-        entry = match.entry(index)
-        source = self._pages[entry.slot]
+        row: list[int] = match.rows[index].tolist()
+        slot, generation = ref = match.ref(index)
+        source = self._pages[slot]
         self._num_loads += 1
         if self._every and self._num_loads % self._every == 0:
-            is_intact = copy_page(source, target, hashed=target, seed=entry.seed()) == entry.checksum
+            seed = entry_seed(row[KEY_LOW], row[KEY_HIGH], slot, generation, row[EPOCH], row[DROP], row[BIRTH])
+            is_intact = copy_page(source, target, hashed=target, seed=seed) == row[CHECKSUM]
         else:
             target[:] = source
             is_intact = True
         # last of all: a slot that was given up while we copied has another state word by now
-        if self._states.item(entry.slot * SLOT_WORDS + STATE) != match.state_words[index]:
+        if self._states.item(slot * SLOT_WORDS + STATE) != match.state_words[index]:
             return self._miss("reused")
-        reason = _void_reason(entry, self._page.read())
+        reason = _void_reason(row, self._page.read())
         if reason is not None:
             return self._miss(reason)
         if not is_intact:
-            self.corrupt.append(match.ref(index))
+            self.corrupt.append(ref)
             return self._miss("corrupt")
         self.num_hits += 1
         self.hit_bytes += len(target)
-        self.touched.append(match.ref(index))
+        self.touched.append(ref)
         return None
 
     def load_chain(self, match: HostMatch, targets: Sequence[PageView]) -> int:
@@ -185,13 +179,13 @@ class HostReader:
         return reason
 
 
-def _void_reason(entry: PageEntry, words: NodeWords) -> MissReason | None:
-    """Why no page of this kind may be used any more: a flush that came while it was copied."""
-    if words.is_retired or entry.epoch < words.floor:
+def _void_reason(row: list[int], words: NodeWords) -> MissReason | None:
+    """Why the page of a row may not be used any more: a flush that came while it was copied."""
+    if words.floor > row[EPOCH]:
         return "below_floor"
-    if entry.drop != words.drop:
+    if words.drop != row[DROP]:
         return "old_drop"
-    return "too_old" if entry.birth_ns < words.birth_floor_ns else None
+    return "too_old" if row[BIRTH] < words.birth_floor_ns else None
 
 
 def _num_leading(is_good: NDArray[np.bool_]) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from cache.arena import Arena, PageView
 from cache.host_tier import CommitOutcome
-from cache.page_checksum import PageEntry, copy_page
+from cache.page_checksum import PageEntry, copy_page, entry_seed, key_words
 from cache.slot_owners import SlotLease, SlotRef
 from cache.types import Epoch
 
@@ -29,7 +29,7 @@ class HostWriter:
         #: pages copied, bytes of them
         self.num_written = 0
         self.written_bytes = 0
-        #: pages that did not reach the tier, by reason; `no_slot` and the outcomes of a commit but `committed`
+        #: pages that did not reach the tier, by reason: `no_slot`, `no_answer`, or what the tier said to a commit
         self.dropped: Counter[str] = Counter()
 
     @property
@@ -56,9 +56,9 @@ class HostWriter:
             self.dropped["no_slot"] += 1
             return False
         slot, generation = self._ready.pop()
-        entry = PageEntry(slot, generation, key, epoch, self._drop, birth_ns)
-        checksum = copy_page(source, self._pages[slot], hashed=source, seed=entry.seed())
-        self._written.append(entry._replace(checksum=checksum))
+        seed = entry_seed(*key_words(key), slot, generation, epoch, self._drop, birth_ns)
+        checksum = copy_page(source, self._pages[slot], hashed=source, seed=seed)
+        self._written.append(PageEntry(slot, generation, key, epoch, self._drop, birth_ns, checksum))
         self.num_written += 1
         self.written_bytes += len(source)
         return True
@@ -73,7 +73,7 @@ class HostWriter:
         """What the tier made of pages it was told: their slots are no longer ours."""
         settled = set(entries)
         self._told = [entry for entry in self._told if entry not in settled]
-        self.dropped.update(outcome for outcome in outcomes if outcome != "committed")
+        self.dropped.update(outcome for outcome in outcomes if outcome not in ("committed", "known"))
         if "old_drop" in outcomes:
             self._to_give_back += self._ready
             self._ready = []

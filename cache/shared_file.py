@@ -6,16 +6,17 @@ its name only when it is whole, and loses its name only after its control page s
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import mmap
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from cache.arena import ArenaGeometry, control_words
+from cache.arena import Arena, ArenaGeometry, control_words
 from cache.control_page import CONTROL_PAGE_BYTES, ControlPage, ControlPageWriter, FileIdentity
 from cache.processes import Processes
 from cache.shared_words import Fence
@@ -65,6 +66,11 @@ class OwnedFile:
         self.was_adopted = was_adopted
         self._lock = lock
 
+    def arena(self) -> Arena:
+        """Slot table, index and pages, all writable. Only of a file with a host tier."""
+        geometry = ArenaGeometry.of_page(self.page)
+        return Arena(self.mapping, self.mapping, geometry.data_offset, geometry)
+
     def close(self) -> None:
         """Leave the file for a later adoption and let the lock go. The mapping ends with the last view of it."""
         self._lock.release()
@@ -85,6 +91,11 @@ class AttachedFile:
         self.data = data
         self.page = ControlPage(control_words(words), fence)
         self._lock = lock
+
+    def arena(self) -> Arena:
+        """Slot table and index read-only, pages writable. Only of a file with a host tier."""
+        assert self.data is not None, "a file without a host tier has no arena"
+        return Arena(self.words, self.data, 0, ArenaGeometry.of_page(self.page))
 
     def close(self) -> None:
         """Say that this process uses the file no longer. The mappings end with the last view of them."""
@@ -112,21 +123,22 @@ class FileMaker:
         writer is being ended. Raises ConfigError, leaving no file of ours behind, if the name belongs to a living
         deployment, the directory cannot be written, or the size does not fit.
         """
-        try:
+        with _faults_of(paths.directory):
             lock = lock_as_writer(paths.lock, self.identity.lineage, self.processes, self.clock)
-        except OSError as error:
-            raise ConfigError(f"cannot use {paths.directory} for the node's shared file: {error.strerror}") from error
         try:
-            mapping = self._adopt(paths)
-            was_adopted = mapping is not None
-            if mapping is None:
-                mapping = self._make(paths)
+            with _faults_of(paths.directory):
+                mapping = self._adopt(paths)
+                was_adopted = mapping is not None
+                if mapping is None:
+                    mapping = self._make(paths)
         except BaseException:
             if paths.data.exists():
                 lock.release()
             else:
                 lock.remove()
             raise
+        if self._geometry.num_slots:
+            _advise_huge_pages(mapping, self._geometry.data_offset)
         return OwnedFile(paths, lock, mapping, self.fence, was_adopted)
 
     def _adopt(self, paths: FilePaths) -> mmap.mmap | None:
@@ -194,13 +206,16 @@ class FileMaker:
 def attach(paths: FilePaths, fence: Fence, identity: FileIdentity | None = None) -> AttachedFile | None:
     """Map the node's file as a reader. None: there is none (yet), or it is being removed; try again later.
 
-    identity: what the file must hold; None takes it as it is. Raises ConfigError if it holds something else.
+    identity: what the file must hold; None takes it as it is. Raises ConfigError if it holds something else. A process
+    attaches a file once: who finds it retired closes it and attaches anew.
     """
-    lock = FileLock.try_read(paths.lock)
+    with _faults_of(paths.directory):
+        lock = FileLock.try_read(paths.lock)
     if lock is None:
         return None
     try:
-        attached = _attach_locked(paths.data, lock, fence, identity)
+        with _faults_of(paths.directory):
+            attached = _attach_locked(paths.data, lock, fence, identity)
     except BaseException:
         lock.release()
         raise
@@ -218,7 +233,7 @@ def _attach_locked(path: Path, lock: FileLock, fence: Fence, identity: FileIdent
         if words is None:
             raise ConfigError(f"{path} cannot be used: it is shorter than a control page")
         page = ControlPage(control_words(words), fence)
-        geometry = ArenaGeometry(page.num_slots, page.page_bytes)
+        geometry = ArenaGeometry.of_page(page)
         reason = None if identity is None else identity.difference(page)
         if reason is None and len(words) != geometry.file_bytes:
             reason = f"it is {len(words):,} bytes long, but its control page says {geometry.file_bytes:,}"
@@ -226,6 +241,8 @@ def _attach_locked(path: Path, lock: FileLock, fence: Fence, identity: FileIdent
             raise ConfigError(f"{path} cannot be used: {reason}")
         # the same descriptor: under this name there may be another file by now
         data = mmap.mmap(fd, geometry.data_bytes, offset=geometry.data_offset) if geometry.num_slots else None
+        if data is not None:
+            _advise_huge_pages(data, 0)
         return AttachedFile(lock, words, data, fence)
     finally:
         os.close(fd)
@@ -245,18 +262,33 @@ def sweep(directory: Path, fence: Fence, keep: Collection[str] = ()) -> list[str
 def _sweep_one(paths: FilePaths, fence: Fence) -> bool:
     try:
         lock = FileLock.try_alone(paths.lock)
-        if lock is None:
-            return False
-        mapping = _map_existing(paths.data)
     except OSError as error:
         logger.info("%s is left alone: %s", paths.data, error)
         return False
-    if mapping is not None:
-        ControlPageWriter(control_words(mapping), fence).retire()
-    for path in (paths.data, paths.fresh):
-        path.unlink(missing_ok=True)
+    if lock is None:
+        return False
+    try:
+        mapping = _map_existing(paths.data)
+        if mapping is not None:
+            ControlPageWriter(control_words(mapping), fence).retire()
+        for path in (paths.data, paths.fresh):
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.info("%s is left alone: %s", paths.data, error)
+        lock.release()
+        return False
     lock.remove()
     return True
+
+
+@contextlib.contextmanager
+def _faults_of(directory: Path) -> Generator[None, None, None]:
+    """What the file system refuses, as an error that says where."""
+    try:
+        yield
+    except OSError as error:
+        name = error.filename or directory
+        raise ConfigError(f"cannot use {name} for the node's shared file: {error.strerror}") from error
 
 
 def _map_existing(path: Path) -> mmap.mmap | None:
@@ -280,6 +312,12 @@ def _open_existing(path: Path) -> int | None:
 def _map(fd: int, access: int) -> mmap.mmap | None:
     size = os.fstat(fd).st_size
     return mmap.mmap(fd, size, access=access) if size >= CONTROL_PAGE_BYTES else None
+
+
+def _advise_huge_pages(mapping: mmap.mmap, begin: int) -> None:
+    """Fewer TLB misses in copies, where the kernel gives tmpfs huge pages (shmem_enabled `advise`); else nothing."""
+    with contextlib.suppress(OSError):
+        mapping.madvise(mmap.MADV_HUGEPAGE, begin)
 
 
 def _does_not_fit(size: int, why: str) -> ConfigError:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.arena import SLOT_WORDS
-from cache.page_checksum import PageEntry
+from cache.page_checksum import PageEntry, key_of_words, key_words
 from cache.processes import ProcessId
 from cache.shared_words import Store, Words, store_word
 
@@ -138,12 +138,3 @@ class SlotTable:
         self._store(self._words, base + HOLDER, holder.incarnation)
         self._store(self._words, base + PID, holder.process.pid)
         self._store(self._words, base + START_TIME, holder.process.start_time)
-
-
-def key_words(key: bytes) -> tuple[int, int]:
-    """The two words of a key, low one first."""
-    return int.from_bytes(key[:8], "little"), int.from_bytes(key[8:], "little")
-
-
-def key_of_words(low: int, high: int) -> bytes:
-    return low.to_bytes(8, "little") + high.to_bytes(8, "little")

@@ -66,7 +66,7 @@ class FileLock:
 
     @classmethod
     def _open_locked(cls, path: Path, kind: int, start: int, length: int, create: bool = True) -> FileLock | None:
-        if str(path) in _open_in_this_process:
+        if os.path.abspath(path) in _open_in_this_process:
             raise InvariantError(f"{path} is locked by this process already; closing it again would free that lock")
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
         try:
@@ -76,7 +76,7 @@ class FileLock:
         if not _try_lock(fd, kind, start, length) or not _is_still(path, fd):
             os.close(fd)
             return None
-        _open_in_this_process.add(str(path))
+        _open_in_this_process.add(os.path.abspath(path))
         return cls(path, fd)
 
     def record(self, process: ProcessId, lineage: str) -> None:
@@ -87,7 +87,7 @@ class FileLock:
     def release(self) -> None:
         """Free the locks. May be called again."""
         if self._fd >= 0:
-            _open_in_this_process.discard(str(self.path))
+            _open_in_this_process.discard(os.path.abspath(self.path))
             os.close(self._fd)
             self._fd = -1
 
@@ -110,7 +110,11 @@ def lock_as_writer(path: Path, lineage: str, processes: Processes, clock: Clock)
         lock = _wait_for_lock(path, DEATH_S, clock)
     if lock is None:
         raise ConfigError(f"the process that writes {path} was killed and still holds its lock after {DEATH_S:g} s")
-    lock.record(processes.own_id(), lineage)
+    try:
+        lock.record(processes.own_id(), lineage)
+    except OSError:
+        lock.release()
+        raise
     return lock
 
 

@@ -66,6 +66,8 @@ def resolve(settings: Settings, hardware: Hardware) -> tuple[Resolved, tuple[str
     admin_is_closed = settings.api.admin_key is None and not is_loopback(settings.api.host)
     if admin_is_closed:
         notes.append(f"admin routes are closed: {settings.api.host} is not loopback and api.admin_key is not set")
+    if settings.grpc.server == "serve":
+        notes.append(_proxy_note(settings))
     engine = settings.engine.model_copy(update={"device": device, "threads": threads})
     settled = settings.model_copy(update={"engine": engine, "state_dir": settings.resolved_state_dir})
     return Resolved(settled, device, rank_resources, threads, kv_memory_bytes, admin_is_closed), tuple(notes)
@@ -79,6 +81,13 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _proxy_note(settings: Settings) -> str:
+    """Serve's gRPC proxy takes a port and no host."""
+    users = "holders of a key" if settings.api.api_key is not None else "everybody"
+    admin = "with the admin key" if settings.api.admin_key is not None else "closed, api.admin_key is not set"
+    return f"gRPC listens on every interface: inference for {users}, admin calls {admin}"
 
 
 def _device(settings: Settings, hardware: Hardware, notes: list[str]) -> Literal["cpu", "cuda"]:

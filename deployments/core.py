@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -81,13 +81,35 @@ class ApiCore:
             raise InvalidField(f"the request asks for {num_sequences} sequences; the limit is {MAX_SEQUENCES}", "n")
         self.admission.check(num_sequences)
 
-    async def prompt_tokens(self, prompt: str | list[int], param: str) -> bytes:
-        """A prompt as text or ids, as checked int32 bytes."""
-        if isinstance(prompt, str):
-            tokens = await in_thread_if_long(len(prompt), lambda: self.tokenizer.encode(prompt))
-        else:
-            tokens = np.asarray(prompt, dtype="<i4").tobytes()
-        self.check_tokens(tokens, param)
+    async def prompt_tokens(self, prompts: Sequence[str | list[int]], param: str) -> list[bytes]:
+        """Prompts as text or ids, as checked int32 bytes.
+
+        Raises Overloaded when too many are being tokenised: long texts queue for threads, and hold their memory.
+        """
+        with self.admission.hold(len(prompts)):
+            length = sum(map(len, prompts))
+            encoded = await in_thread_if_long(length, lambda: [self._encode(prompt) for prompt in prompts])
+        for tokens in encoded:
+            self.check_tokens(tokens, param)
+        return encoded
+
+    def _encode(self, prompt: str | list[int]) -> bytes:
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else np.asarray(prompt, dtype="<i4").tobytes()
+
+    async def chat_tokens(
+        self, messages: list[dict[str, str]], *, continue_final: bool, options: Mapping[str, Any]
+    ) -> bytes:
+        """A conversation through the model's chat template, as checked int32 bytes; see Tokenizer.render_chat."""
+
+        def render_and_encode() -> bytes:
+            text = self.tokenizer.render_chat(messages, continue_final=continue_final, options=options)
+            # The template writes the special tokens itself.
+            return self.tokenizer.encode(text, add_special_tokens=False)
+
+        with self.admission.hold(1):
+            length = sum(len(message["content"]) for message in messages)
+            tokens = await in_thread_if_long(length, render_and_encode)
+        self.check_tokens(tokens, "messages")
         return tokens
 
     def check_tokens(self, tokens: bytes, param: str) -> None:

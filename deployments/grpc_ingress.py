@@ -24,6 +24,10 @@ from deployments.protos import RPCS, SERVICE
 log = logging.getLogger(__name__)
 
 
+class StreamFailed(Exception):
+    """Ends a stream for Serve; what the caller is told stands in the call's context."""
+
+
 class GrpcIngress:
     """Base of the ingress class. Its subclass sets `grpc_service` before the first call."""
 
@@ -72,12 +76,14 @@ def _stream(name: str) -> Any:
                     yield message
         except Exception as error:  # as above
             _set_status(grpc_context, name, error)
+            # A stream that just ends arrives as OK; of what is raised, Serve sends the status that was set.
+            raise StreamFailed(name) from None
 
     return method
 
 
 def _set_status(context: RayServegRPCContext, name: str, error: Exception) -> None:
-    """Returned after this, an empty answer arrives as the status alone; raised, Serve would add a traceback."""
+    """Put the error's status into the context; an empty answer returned after this arrives as that status alone."""
     code, text = status_of(error)
     if code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
         log.error("%s failed", name, exc_info=error)

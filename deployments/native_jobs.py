@@ -26,9 +26,9 @@ async def native_jobs(core: ApiCore, body: GenerateBody) -> tuple[list[SequenceJ
     ids = _ids(body, request_id, samplings)
     logprobs = _num_logprobs(body, len(prompts))
     param = "text" if body.text is not None else "input_ids"
+    encoded = await core.prompt_tokens(prompts, param)
     jobs: list[SequenceJob] = []
-    for prompt, sampling, num_logprobs in zip(prompts, samplings, logprobs, strict=True):
-        tokens = await core.prompt_tokens(prompt, param)
+    for tokens, sampling, num_logprobs in zip(encoded, samplings, logprobs, strict=True):
         params = _sampling(core, sampling, tokens, num_logprobs)
         for choice in range(sampling.n):
             seeded = replace(params, seed=seed_of_choice(params.seed, choice))

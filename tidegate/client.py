@@ -9,6 +9,10 @@ import httpx
 
 from configs.errors import ConfigError, Forbidden, ServiceError, TidegateError, Unauthorized
 
+#: environment variables that the commands read keys from, and that a server's welcome names instead of keys
+API_KEY_VARIABLE = "TIDEGATE_API_KEY"
+ADMIN_KEY_VARIABLE = "TIDEGATE_ADMIN_KEY"
+
 #: beyond a flush's own timeout: the server's answer comes by its deadline, however the ranks are
 _GRACE_S = 15.0
 

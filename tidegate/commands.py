@@ -18,8 +18,7 @@ from rich.console import Console
 from configs.errors import ConfigError, TidegateError
 from configs.load import load_settings
 from tidegate import tables
-from tidegate.client import Client, Unreachable
-from tidegate.welcome import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
+from tidegate.client import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, Client, Unreachable
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Serve language models on Ray."
@@ -51,6 +50,7 @@ AdminKey = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the server's JSON instead of a table.")]
 _DEFAULT_URL = "http://127.0.0.1:8000"
+_PIPE_WIDTH = 300
 
 
 def run() -> NoReturn:
@@ -193,9 +193,10 @@ def status(
 def _show(answer: Mapping[str, Any], table: tables.Shown, as_json: bool) -> None:
     console = Console()
     if as_json:
-        console.print_json(data=answer) if console.is_terminal else print(tables.one_line(answer))
+        print(tables.one_line(answer))
     else:
-        console.print(table, highlight=False)
+        # a pipe has no width; what reads it wants a row per line
+        console.print(table, highlight=False, width=None if console.is_terminal else _PIPE_WIDTH)
     if answer.get("success") is not True:
         raise typer.Exit(1)
 

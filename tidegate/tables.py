@@ -28,7 +28,8 @@ def flush(answer: Mapping[str, Any]) -> Shown:
         )  # fmt: skip
     for row in answer.get("host_tiers") or ():
         table.add_row("host", str(row.get("node"))[:12], _verdict(row), "", "", "", "")
-    return Group(_headline(answer, ("mode", "epoch", "took_ms", "flush_id")), *_if_rows(table))
+    facts = ("mode", "epoch", "took_ms", "flush_id", "dry_run")
+    return Group(_headline(answer, facts), *_if_rows(table))
 
 
 def cache(answer: Mapping[str, Any]) -> Shown:
@@ -66,7 +67,7 @@ def status(answer: Mapping[str, Any]) -> Shown:
 def _headline(answer: Mapping[str, Any], facts: tuple[str, ...]) -> Text:
     is_good = answer.get("success") is True
     words = str(answer.get("message") or answer.get("status") or ("ok" if is_good else "not every rank answers"))
-    rest = ", ".join(f"{name} {answer[name]}" for name in facts if answer.get(name) is not None)
+    rest = ", ".join(f"{name} {answer[name]}" for name in facts if answer.get(name) not in (None, False))
     return Text.assemble((words, "green" if is_good else "red"), f"  ({rest})" if rest else "")
 
 
@@ -86,7 +87,8 @@ def _size(num_bytes: int) -> str:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in columns:
-        table.add_column(column)
+        # only what may be long is folded; a cut id is no id
+        table.add_column(column, no_wrap=column not in ("state", "verdict", "in the way"))
     return table
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shlex
+import sys
+from pathlib import Path
 
 from configs.schema import Settings
+from tidegate.client import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from tidegate.local_ray import LocalRay
 from tidegate.state_dir import StateDir
 
-#: environment variables that the printed commands and `tidegate` itself read keys from; keys are never printed
-API_KEY_VARIABLE = "TIDEGATE_API_KEY"
-ADMIN_KEY_VARIABLE = "TIDEGATE_ADMIN_KEY"
+# whole, since nobody need have activated the environment
+_COMMAND = shlex.quote(str(Path(sys.executable).with_name("tidegate")))
 
 
 def base_url(settings: Settings) -> str:
@@ -37,7 +39,7 @@ def text(settings: Settings, device: str, local_ray: LocalRay, state: StateDir) 
         """-d '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32, "stream": true}'""",
         "Flush the cache of every rank, waiting up to 10 s for an idle moment:",
         f"  curl -X POST '{url}/flush_cache?timeout=10'{admin}",
-        f"  tidegate flush --url {url} --timeout 10",
+        f"  {_COMMAND} flush --url {url} --timeout 10",
         "For jobs (ray job submit -- python my_job.py):",
         f"  export RAY_ADDRESS={local_ray.gcs_address}",
         f"  export RAY_API_SERVER_ADDRESS={local_ray.dashboard_url}",

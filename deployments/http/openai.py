@@ -19,7 +19,6 @@ from deployments.http.streaming import EventStream, event, first_of, unless_gone
 from deployments.openai_models import ChatBody, CompletionBody, OpenAIBody
 from deployments.sampling_fields import bias_pairs, greedy_if_cold, seed_in_range, seed_of_choice, stop_strings
 from deployments.sequences import Answer, Piece, SequenceJob, collected, sequence_ids
-from deployments.tokenizer import in_thread_if_long
 from engine.request import SamplingParams
 
 
@@ -43,7 +42,7 @@ class OpenAIRoutes:
         self.core.check_model(body.model)
         texts_or_ids = _prompts(body.prompt)
         self.core.check_count(len(texts_or_ids) * body.num_sequences)
-        prompts = [await self.core.prompt_tokens(prompt, "prompt") for prompt in texts_or_ids]
+        prompts = await self.core.prompt_tokens(texts_or_ids, "prompt")
         request_id = body.rid or body.request_id or f"cmpl-{secrets.token_hex(12)}"
         shape = CompletionShape(self._head(request_id, body), self.core.tokenizer)
         return await self._respond(request, body, prompts, "max_tokens", shape, headers)
@@ -52,25 +51,15 @@ class OpenAIRoutes:
         body, headers = await self.door.body(request, ChatBody)
         self.core.check_model(body.model)
         self.core.check_count(body.num_sequences)
-        tokens = await self._chat_tokens(body)
+        tokens = await self.core.chat_tokens(
+            [{"role": message.role, "content": message.text} for message in body.messages],
+            continue_final=body.continue_final_message,
+            options=body.chat_template_kwargs or {},
+        )
         request_id = body.rid or body.request_id or f"chatcmpl-{secrets.token_hex(12)}"
         shape = ChatShape(self._head(request_id, body), self.core.tokenizer)
         asked_as = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         return await self._respond(request, body, [tokens], asked_as, shape, headers)
-
-    async def _chat_tokens(self, body: ChatBody) -> bytes:
-        messages = [{"role": message.role, "content": message.text} for message in body.messages]
-
-        def render_and_encode() -> bytes:
-            text = self.core.tokenizer.render_chat(
-                messages, continue_final=body.continue_final_message, options=body.chat_template_kwargs or {}
-            )
-            # The template writes the special tokens itself.
-            return self.core.tokenizer.encode(text, add_special_tokens=False)
-
-        tokens = await in_thread_if_long(sum(len(message["content"]) for message in messages), render_and_encode)
-        self.core.check_tokens(tokens, "messages")
-        return tokens
 
     async def _respond(
         self,

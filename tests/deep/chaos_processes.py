@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from actors.node_processes import NodeProcesses
-from cache.arena import Arena, ArenaGeometry, PageView
+from actors.node_processes import NodeClock, NodeProcesses
+from cache.arena import PageView
 from cache.control_page import FileIdentity
 from cache.host_eviction import LruOrder
 from cache.host_reader import HostReader
@@ -34,7 +33,6 @@ from cache.types import Epoch, Namespace
 
 NUM_SLOTS, PAGE_BYTES = 48, 16 * 1024
 IDENTITY = FileIdentity("cafe", "chaos", NUM_SLOTS, PAGE_BYTES)
-GEOMETRY = ArenaGeometry(NUM_SLOTS, PAGE_BYTES)
 CHAIN_PAGES, NUM_CHAINS = 6, 12
 FENCE = fence_for("x86_64")
 STATS = ("hits", "wrong", "committed", "misses")
@@ -62,16 +60,8 @@ class Place:
         return np.memmap(self.directory / "stats", np.int64, "r+", shape=(16, len(STATS)))
 
 
-class RealClock:
-    def now_s(self) -> float:
-        return time.monotonic()
-
-    def pause_s(self, duration_s: float) -> None:
-        threading.Event().wait(duration_s)
-
-
 def maker(nonce: int) -> FileMaker:
-    return FileMaker(IDENTITY, NodeProcesses(), RealClock(), FENCE, nonce)
+    return FileMaker(IDENTITY, NodeProcesses(), NodeClock(), FENCE, nonce)
 
 
 def chain_keys(epoch: int, chain: int) -> bytes:
@@ -90,8 +80,7 @@ def content_of(key: bytes) -> PageView:
 def open_tier(place: Place, nonce: int) -> tuple[HostTier, Callable[[], None]]:
     """Own the node's file and adopt what is in it; the second value gives it up again."""
     owned = maker(nonce).open(place.paths)
-    arena = Arena(owned.mapping, owned.mapping, GEOMETRY.data_offset, GEOMETRY)
-    return HostTier(arena, owned.page, LruOrder(), NodeProcesses(), max_leased=12), owned.close
+    return HostTier(owned.arena(), owned.page, LruOrder(), NodeProcesses(), max_leased=12), owned.close
 
 
 def run_tier(place: Place, nonce: int) -> None:
@@ -165,8 +154,7 @@ class ChaosRank:
     def __init__(self, place: Place, role: int, seed: int) -> None:
         while (attached := attach(place.paths, FENCE, IDENTITY)) is None:
             threading.Event().wait(0.005)
-        assert attached.data is not None
-        arena = Arena(attached.words, attached.data, 0, GEOMETRY)
+        arena = attached.arena()
         self._attached = attached
         self._reader = HostReader(arena, attached.page)
         self._writer = HostWriter(arena)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tests.unit.deployments.api_server import Demo, Server, serving
 from tests.unit.deployments.asgi_client import sse_events
 
 ANSWER_WITHIN_S = 20
+DEEP = bool(os.environ.get("TIDEGATE_DEEP"))
 
 scalars = st.one_of(
     st.none(),
@@ -138,7 +140,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
 
 @pytest.mark.parametrize("route", ROUTES)
 @given(data=st.data())
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(
+    max_examples=300 if DEEP else 8,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 def test_any_body_gets_an_answer_and_leaves_nothing(demo: Demo, route: str, data: st.DataObject) -> None:
     """One server per example, several bodies at once: they meet in one batch and in one cache."""
     together = data.draw(st.lists(ROUTES[route], min_size=6, max_size=6))
@@ -182,7 +188,7 @@ async def _one(server: Server, route: str, body: Any) -> None:
     content=st.one_of(st.binary(max_size=64), st.just(b"{" * 3000)),
     query=st.text(max_size=12),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=3000 if DEEP else 60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_noise_is_never_a_5xx(demo: Demo, method: str, route: str, content: bytes, query: str) -> None:
     async def send() -> None:
         async with serving(demo) as server:

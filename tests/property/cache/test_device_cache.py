@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -236,5 +237,12 @@ class DeviceCacheMachine(RuleBasedStateMachine):
         self.model.forget(gone)
 
 
-TestDeviceCache = DeviceCacheMachine.TestCase
-TestDeviceCache.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+class TestDeviceCache(DeviceCacheMachine.TestCase):
+    settings = settings(max_examples=250, stateful_step_count=60, deadline=None)
+
+
+@pytest.mark.deep
+class TestDeviceCacheDeep(DeviceCacheMachine.TestCase):
+    """The same, long."""
+
+    settings = settings(max_examples=3_000, stateful_step_count=80, deadline=None)

@@ -12,7 +12,14 @@ from typing import Literal, get_args
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from tests.property.cache.host_actors import (
     CHAIN_PAGES,
@@ -168,7 +175,8 @@ class TestHostTier(HostTierMachine.TestCase):
 
 
 @pytest.mark.deep
-class TestHostTierDeep(HostTierMachine.TestCase):
-    """The same, long."""
-
-    settings = settings(max_examples=20_000, stateful_step_count=40, **COMMON)
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("part", range(10))
+def test_twenty_thousand_lives(part: int) -> None:
+    """In parts: Hypothesis remembers 0.2 MB of each example of a run."""
+    run_state_machine_as_test(HostTierMachine, settings=settings(max_examples=2000, stateful_step_count=40, **COMMON))

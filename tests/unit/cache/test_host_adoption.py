@@ -150,6 +150,11 @@ def fault_epoch(node: HostNode, slot: int) -> None:
     node.tier.table.rows[slot, EPOCH] = 5
 
 
+def fault_twin(node: HostNode, slot: int) -> None:
+    other = next(iter(set(node.tier.order) - {slot}))
+    node.tier.table.rows[slot, 1:3] = node.tier.table.rows[other, 1:3]
+
+
 def fault_memory(node: HostNode, slot: int) -> None:
     node.tier.owners.free.append(slot)
 
@@ -166,6 +171,7 @@ def fault_index(node: HostNode, slot: int) -> None:
         (fault_key, "not in the index"),
         (fault_drop, "drop number that was never given"),
         (fault_epoch, "counted as"),
+        (fault_twin, "a key that another slot holds"),
         (fault_memory, "2 states in memory"),
         (fault_index, "names no page"),
     ],

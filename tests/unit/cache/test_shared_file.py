@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +103,24 @@ def test_a_directory_that_is_not_there_is_named(tmp_path: Path):
         maker().open(FilePaths(tmp_path / "nowhere", "a"))
 
 
+def test_what_the_file_system_refuses_is_said_with_its_place(paths: FilePaths):
+    target = paths.directory / "elsewhere"
+    target.write_bytes(b"not ours")
+    paths.data.symlink_to(target)
+    for use in (lambda: maker().open(paths), lambda: attach(paths, FENCE)):
+        paths.lock.touch()
+        with pytest.raises(ConfigError, match=r"tidegate-test-node\.kv.*symbolic"):
+            use()
+    assert sweep(paths.directory, FENCE) == []
+    assert target.read_bytes() == b"not ours"
+    paths.data.unlink()
+    paths.lock.unlink()
+    paths.lock.symlink_to(target)
+    with pytest.raises(ConfigError, match=r"tidegate-test-node\.lock.*symbolic"):
+        attach(paths, FENCE)
+    assert sweep(paths.directory, FENCE) == []
+
+
 def test_a_reader_maps_words_read_only_and_data_writable(paths: FilePaths):
     maker().open(paths).close()
     assert attach(FilePaths(paths.directory, "another"), FENCE) is None
@@ -120,6 +139,31 @@ def test_a_reader_maps_words_read_only_and_data_writable(paths: FilePaths):
     os.truncate(paths.data, 100)
     with pytest.raises(ConfigError, match="shorter"):
         attach(paths, FENCE)
+
+
+def test_writer_and_reader_see_the_same_words_and_pages(paths: FilePaths):
+    owned = maker().open(paths)
+    mine = owned.arena()
+    mine.slots[3], mine.index[5], mine.pages[15, 99] = 30, 50, 99
+    owned.close()
+    attached = attach(paths, FENCE, IDENTITY)
+    assert attached is not None
+    seen = attached.arena()
+    assert (seen.slots[3], seen.index[5], seen.pages[15, 99]) == (30, 50, 99)
+    seen.pages[0, 0] = 7
+    assert mine.pages[0, 0] == 7
+    with pytest.raises(ValueError, match="read-only"):
+        seen.slots[3] = 1
+    attached.close()
+
+
+def test_huge_pages_are_asked_for_where_the_kernel_has_them(paths: FilePaths):
+    owned = maker().open(paths)
+    of_file = Path("/proc/self/smaps").read_text().split(str(paths.data))[1:]
+    flags = [re.search(r"VmFlags:(.*)", mapping) for mapping in of_file]
+    is_advised = any(found is not None and " hg" in found[1] for found in flags)
+    assert is_advised == Path("/sys/kernel/mm/transparent_hugepage").exists()
+    owned.retire()
 
 
 def test_without_a_host_tier_the_file_is_the_control_page(paths: FilePaths):

@@ -101,6 +101,17 @@ def test_admin_routes_close_beyond_loopback_without_a_key(api: dict[str, str], c
     assert any("admin routes are closed" in note for note in notes) is closed
 
 
+def test_what_serves_grpc_proxy_opens_is_noted() -> None:
+    _, own = resolve(_settings(api={"api_key": "k"}), _hardware())
+    assert not any("gRPC" in note for note in own)
+    _, bare = resolve(_settings(grpc={"server": "serve"}), _hardware())
+    assert (
+        "gRPC listens on every interface: inference for everybody, admin calls closed, api.admin_key is not set" in bare
+    )
+    _, keys = resolve(_settings(grpc={"server": "serve"}, api={"api_key": "a", "admin_key": "b"}), _hardware())
+    assert any("inference for holders of a key, admin calls with the admin key" in note for note in keys)
+
+
 @pytest.mark.parametrize(("host", "expected"), [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True),
                                                 ("localhost", True), ("0.0.0.0", False), ("::", False),
                                                 ("node-7", False), ("10.0.0.1", False), ("", False)])  # fmt: skip

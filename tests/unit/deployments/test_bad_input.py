@@ -211,6 +211,18 @@ async def test_a_large_body_without_a_length_is_cut_off_as_it_comes(demo: Demo) 
 
 
 @scenario
+async def test_a_flood_of_unknown_fields_is_refused_at_once(demo: Demo) -> None:
+    flood = {f"field_{number}": 1 for number in range(20_000)}
+    messages = [{"role": "user", "content": "x", f"field_{number}": 1} for number in range(8000)]
+    async with serving(demo) as server:
+        wide = await server.post("/v1/completions", {"prompt": "x"} | flood)
+        long = await server.post("/v1/chat/completions", {"messages": messages})
+        many = await server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}] * 9000})
+    assert (wide.status_code, long.status_code, many.status_code) == (400, 400, 400)
+    assert many.json()["error"]["param"] == "messages"
+
+
+@scenario
 async def test_deep_but_legal_json_does_not_hurt(demo: Demo) -> None:
     async with serving(demo) as server:
         deep = await server.post("/v1/chat/completions", CHAT | {"max_tokens": 1, "metadata": DEEP})

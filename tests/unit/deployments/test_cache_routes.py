@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -41,7 +41,7 @@ async def test_flush_cache_empties_every_rank(demo: Demo, method: str) -> None:
     async with serving(demo) as server:
         assert [await cached_tokens(server), await cached_tokens(server)] == [0, 96]
         await server.idle()
-        response = await server.client.request(method, "/flush_cache")
+        response = await server.client.request(method, "/flush_cache?timeout=10")
         assert (response.status_code, response.text) == (200, FLUSHED_TEXT)
         assert response.headers["content-type"].startswith("text/plain")
         assert await cached_tokens(server) == 0
@@ -117,21 +117,34 @@ async def test_a_timeout_that_is_none_is_a_400_that_names_it(demo: Demo, given: 
 
 
 @pytest.mark.parametrize(
-    "query",
+    ("query", "taken"),
     [
-        "timeout=0",
-        "timeout=-0.0",
-        "timeout=2.5",
-        "timeout=abc&timeout=1",
-        "Timeout=abc",
-        "timeout=%2B5",
+        ("timeout=0", 0.0),
+        ("timeout=-0.0", 0.0),
+        ("timeout=1e-9", 1e-9),
+        ("timeout=2.5", 2.5),
+        ("timeout=%2B5", 5.0),
+        ("timeout=abc&timeout=1", 1.0),
+        ("Timeout=abc", None),
+        ("", None),
     ],
 )
 @scenario
-async def test_a_timeout_that_is_one_is_taken_the_last_one_wins(demo: Demo, query: str) -> None:
+async def test_a_timeout_that_is_one_is_taken_the_last_one_wins(
+    demo: Demo, monkeypatch: pytest.MonkeyPatch, query: str, taken: float | None
+) -> None:
     async with serving(demo) as server:
+        asked: list[Mapping[str, object]] = []
+        flush = server.core.controller.flush
+
+        async def noting(arguments: Mapping[str, object]) -> dict[str, Any]:
+            asked.append(arguments)
+            return await flush({**arguments, "timeout_s": 10})
+
+        monkeypatch.setattr(server.core.controller, "flush", noting)
         response = await server.client.post(f"/flush_cache?{query}", content=b'{"timeout": "ignored"}')
     assert response.status_code == 200, response.text
+    assert asked[0].get("timeout_s") == taken
 
 
 BAD_FLUSHES: list[tuple[dict[str, Any], str]] = [

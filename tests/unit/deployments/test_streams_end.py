@@ -160,6 +160,26 @@ async def test_more_than_the_server_takes_is_a_429_and_costs_nothing(demo: Demo)
 
 
 @scenario
+async def test_texts_that_are_being_tokenised_count_as_taken_in(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_encode = threading.Event()
+    encode = demo.tokenizer.encode
+
+    def waits(text: str, **options: Any) -> bytes:
+        assert may_encode.wait(10)
+        return encode(text, **options)
+
+    async with serving(demo, max_inflight=1) as server:
+        monkeypatch.setattr(demo.tokenizer, "encode", waits)
+        long = {"prompt": "word " * 2000, "max_tokens": 1}
+        first = asyncio.create_task(server.post("/v1/completions", long))
+        await until(lambda: server.core.admission.num_inflight == 1, "the first is being tokenised")
+        second = await server.post("/v1/completions", long)
+        may_encode.set()
+        assert (await first).status_code == 400
+    assert second.status_code == 429
+
+
+@scenario
 async def test_an_id_in_flight_is_refused_and_free_again_afterwards(demo: Demo) -> None:
     async with serving(demo) as server:
         running = HangingUp(
