@@ -104,7 +104,7 @@ class FlushFlight:
     def _carry_out(self, commands: list[Command]) -> None:
         for command in commands:
             self._start(command)
-        self._set_timer(self.machine.wake_s(self._now_s()))
+        self._set_timer(self.machine.wake_s)
 
     def _start(self, command: Command) -> None:
         tools = self._tools

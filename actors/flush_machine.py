@@ -91,11 +91,14 @@ class FlushMachine:
         #: as fixed by the run, before the log has said whether it is stored
         self._answer: Answer | None = None
         self._withheld: tuple[str, ...] = ()
+        #: the time of the last event: what could be decided until then has been
+        self._looked_s = -math.inf
         run.takes_epoch = plan.takes_epoch
 
     # ------------------------------------------------------------------------------------------------------ beginning
     def begin(self, records: Iterable[RankRecord], now_s: float) -> list[Command]:
         """Begin with these ranks registered."""
+        self._looked_s = now_s
         for record in records:
             self.run.expect(record)
         if self.run.is_settled:
@@ -107,11 +110,13 @@ class FlushMachine:
 
     def resume(self, index: int, now_s: float) -> list[Command]:
         """Go on with a flush whose intent an earlier controller stored; the run has its rows already."""
+        self._looked_s = now_s
         return self._start(index, now_s)
 
     # --------------------------------------------------------------------------------------------------------- events
     def handle(self, event: Event, now_s: float) -> list[Command]:
         """Take in what happened; what is to be done now, in order."""
+        self._looked_s = now_s
         match event:
             case IntentStored(index):
                 return self._intent_stored(index, now_s)
@@ -149,7 +154,8 @@ class FlushMachine:
         """Its ranks would answer a command that supersedes it."""
         return self.state in ("storing", "running")
 
-    def wake_s(self, now_s: float) -> float | None:
+    @property
+    def wake_s(self) -> float | None:
         """When `TimePassed` is due next; None: never again."""
         match self.state:
             case "storing":
@@ -159,7 +165,7 @@ class FlushMachine:
             case "over":
                 return None
             case "running":
-                return min(instant_s for instant_s in self._instants() if instant_s > now_s)
+                return min(instant_s for instant_s in self._instants() if instant_s > self._looked_s)
 
     def _instants(self) -> Iterable[float]:
         """When something may be decided without an event. One that has passed has been looked at."""

@@ -111,7 +111,7 @@ class Flush:
 
     @property
     def wake_s(self) -> float | None:
-        wake_s = self.machine.wake_s(self.now_s)
+        wake_s = self.machine.wake_s
         return None if wake_s is None else round(wake_s - START_S, 6)
 
 
