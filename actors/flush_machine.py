@@ -200,7 +200,7 @@ class FlushMachine:
             return self._proceed(now_s)
         run.is_floor_raised = True
         self._raising = {record.node_id for record in run.records}
-        self._patience_until_s = now_s + FLOOR_PATIENCE_S
+        self._patience_until_s = now_s + min(FLOOR_PATIENCE_S, (plan.deadline_s - now_s) / 4)
         return [RaiseFloor(node_id, index) for node_id in sorted(self._raising)] + self._proceed(now_s)
 
     def _register(self, record: RankRecord, is_new: bool) -> None:

@@ -10,13 +10,15 @@ from engine.flush import FlushCommand
 def invalidate(cache: DeviceCache, command: FlushCommand, now_s: float) -> None:
     """Make what the command names unreachable, O(pinned); pages of running requests stay theirs, fenced.
 
-    Without a scope the tree is swapped and the epoch raised to the command's, if that is higher: a flush of part of
-    the tiers takes no epoch and only advances the tree generation. A scope may drop more than asked, never less; a
-    prefix is dropped in every namespace.
+    Without a scope the tree is swapped and the epoch raised to the command's; not again if a floor has brought that
+    epoch or a later one, because what is in the tree since then is newer than the flush. A flush of part of the tiers
+    takes no epoch and only advances the tree generation. A scope may drop more than asked, never less; a prefix is
+    dropped in every namespace.
     """
     scope = command.scope
     if scope is None:
-        cache.swap(Epoch(max(cache.epoch, command.epoch)))
+        if not 0 < command.epoch <= cache.epoch:
+            cache.swap(Epoch(max(cache.epoch, command.epoch)))
     elif scope.prefix_tokens is not None:
         for namespace in _namespaces(cache):
             cache.drop_prefix(namespace, scope.prefix_tokens)

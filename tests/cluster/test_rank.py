@@ -42,6 +42,7 @@ def settings(tiny_model: Path) -> Iterator[Settings]:
             "model": {"path": tiny_model},
             "engine": {"device": "cpu", "threads": 1, "num_pages": 512},
             "ray": {"cpu_rank_resource": CPU_RANK, "tcp": False},
+            "control": {"shared_dir": folder},
             "dp": NUM_RANKS,
             "state_dir": folder / "state",
         }

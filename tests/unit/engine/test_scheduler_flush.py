@@ -451,10 +451,28 @@ def test_a_floor_above_the_epoch_swaps_before_the_match() -> None:
     assert rank.cache.epoch == 3
     pending = offer(rank, "fence", epoch=3)
     rank.turn()
-    assert verdict_of(pending).freed_pages == 3 + 3
+    assert verdict_of(pending).freed_pages == 3
     again = offer(rank, "fence", "again", epoch=3)
     rank.turn()
     assert verdict_of(again).freed_pages == 0
+
+
+def test_what_is_newer_than_a_flush_is_not_dropped_by_its_late_command() -> None:
+    rank = FakeRank(page_size=4)
+    cached_tokens(rank, PROMPT)
+    rank.words = ControlWords(floor=5)
+    assert cached_tokens(rank, PROMPT) == 0
+    for epoch in (3, 5):
+        late = offer(rank, "fence", f"late-{epoch}", epoch=epoch)
+        rank.turn()
+        assert verdict_of(late).status == "flushed"
+        assert verdict_of(late).epoch == 5
+        assert cached_tokens(rank, PROMPT) == 8
+    # one that takes no epoch drops what is there
+    part = offer(rank, "fence", "part", epoch=0)
+    rank.turn()
+    assert verdict_of(part).freed_pages == 3
+    assert cached_tokens(rank, PROMPT) == 0
 
 
 def test_without_a_lease_nothing_is_matched_and_nothing_published() -> None:
