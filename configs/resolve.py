@@ -74,7 +74,10 @@ def resolve(settings: Settings, hardware: Hardware) -> tuple[Resolved, tuple[str
 
 
 def is_loopback(host: str) -> bool:
-    """True if nobody outside this machine can reach `host`. A name other than localhost counts as reachable."""
+    """True if nobody outside this machine can reach, or speaks from, `host`.
+
+    A name other than localhost does not count: it may resolve to anything.
+    """
     if host == "localhost":
         return True
     try:

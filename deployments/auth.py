@@ -7,12 +7,12 @@ set). As soon as the server listens beyond loopback they are closed until an adm
 from __future__ import annotations
 
 import hmac
-import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from configs.errors import Forbidden, Unauthorized
+from configs.resolve import is_loopback
 
 #: open: anybody. inference: users. admin: whoever may change the server's state.
 Access = Literal["open", "inference", "admin"]
@@ -55,16 +55,6 @@ class Keys:
             )
         if self.api_key is not None and not _same(given, self.api_key):
             raise Unauthorized("this route needs a key: Authorization: Bearer <key>")
-
-
-def is_loopback(host: str) -> bool:
-    """True if only processes of this machine can reach a server that listens on `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False  # a name: it may resolve to anything
 
 
 def _refuse_foreign_pages(headers: Mapping[str, str]) -> None:

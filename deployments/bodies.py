@@ -37,6 +37,9 @@ Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 #: values of a foreign field that mean it is off
 Neutral = tuple[Any, ...]
+#: how clients write that they do not use a field, whatever its type
+OFF: Neutral = (None, False, [], {}, "")
+NO_GRAMMAR = "constrained output is not offered"
 
 #: unknown fields of one body, nested ones included: looking for a misspelt one takes 1 ms each
 _MAX_UNKNOWN = 32

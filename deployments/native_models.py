@@ -7,6 +7,8 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field, model_validator
 
 from deployments.bodies import (
+    NO_GRAMMAR,
+    OFF,
     Body,
     ListOf,
     NamespaceText,
@@ -32,8 +34,6 @@ from deployments.sampling_fields import (
     TopP,
 )
 
-_OFF: Neutral = (None, False, [], {}, "")
-_NO_GRAMMAR = "constrained output is not offered"
 _TEXT_ONLY = "only text is offered"
 
 #: SGLang's own default of max_new_tokens; cut to what the context leaves when the caller named none
@@ -44,12 +44,12 @@ NumTopLogprobs = Annotated[int, Field(ge=0, le=128)]
 
 class SamplingBody(Body):
     REFUSED: ClassVar[dict[str, tuple[Neutral, str]]] = {
-        "json_schema": (_OFF, _NO_GRAMMAR),
-        "regex": (_OFF, _NO_GRAMMAR),
-        "ebnf": (_OFF, _NO_GRAMMAR),
-        "structural_tag": (_OFF, _NO_GRAMMAR),
-        "stop_regex": (_OFF, "stop expressions are not offered; use stop"),
-        "custom_params": (_OFF, "custom code in requests is not offered"),
+        "json_schema": (OFF, NO_GRAMMAR),
+        "regex": (OFF, NO_GRAMMAR),
+        "ebnf": (OFF, NO_GRAMMAR),
+        "structural_tag": (OFF, NO_GRAMMAR),
+        "stop_regex": (OFF, "stop expressions are not offered; use stop"),
+        "custom_params": (OFF, "custom code in requests is not offered"),
         "beam_width": ((None, 1), "beam search is not offered"),
     }
     TOLERATED = frozenset({"spaces_between_special_tokens", "stream_interval"})
@@ -78,22 +78,22 @@ Each = Annotated[list[SamplingBody], Field(min_length=1, max_length=MAX_SEQUENCE
 
 class GenerateBody(Body):
     REFUSED: ClassVar[dict[str, tuple[Neutral, str]]] = {
-        "input_embeds": (_OFF, "embeddings as input are not offered; use text or input_ids"),
-        "image_data": (_OFF, _TEXT_ONLY),
-        "video_data": (_OFF, _TEXT_ONLY),
-        "audio_data": (_OFF, _TEXT_ONLY),
+        "input_embeds": (OFF, "embeddings as input are not offered; use text or input_ids"),
+        "image_data": (OFF, _TEXT_ONLY),
+        "video_data": (OFF, _TEXT_ONLY),
+        "audio_data": (OFF, _TEXT_ONLY),
         "modalities": ((None, [], ["text"]), _TEXT_ONLY),
         "logprob_start_len": ((None, -1, [-1]), "log-probabilities of the prompt are not offered"),
-        "token_ids_logprob": (_OFF, "log-probabilities of chosen tokens are not offered; use top_logprobs_num"),
-        "return_hidden_states": (_OFF, "hidden states are not offered"),
-        "return_entropy": (_OFF, "the entropy of the distribution is not offered"),
-        "session_params": (_OFF, "server-side sessions are not offered; repeat the prompt, its prefix is cached"),
-        "lora_path": (_OFF, "adapters are not offered"),
-        "lora_id": (_OFF, "adapters are not offered"),
-        "custom_logit_processor": (_OFF, "custom code in requests is not offered"),
+        "token_ids_logprob": (OFF, "log-probabilities of chosen tokens are not offered; use top_logprobs_num"),
+        "return_hidden_states": (OFF, "hidden states are not offered"),
+        "return_entropy": (OFF, "the entropy of the distribution is not offered"),
+        "session_params": (OFF, "server-side sessions are not offered; repeat the prompt, its prefix is cached"),
+        "lora_path": (OFF, "adapters are not offered"),
+        "lora_id": (OFF, "adapters are not offered"),
+        "custom_logit_processor": (OFF, "custom code in requests is not offered"),
         "priority": ((None, 0), "priorities are not offered"),
-        "background": (_OFF, "background requests are not offered"),
-        "return_bytes": (_OFF, "answers are JSON"),
+        "background": (OFF, "background requests are not offered"),
+        "return_bytes": (OFF, "answers are JSON"),
     }
     TOLERATED = frozenset(
         {

@@ -10,6 +10,8 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from deployments.bodies import (
+    NO_GRAMMAR,
+    OFF,
     Body,
     ListOf,
     NamespaceText,
@@ -34,9 +36,7 @@ from deployments.sampling_fields import (
     TopP,
 )
 
-_OFF: Neutral = (None, False, [], {}, "")
 _NO_TOOLS = "tools are not offered"
-_NO_GRAMMAR = "constrained output is not offered"
 _NO_ADAPTERS = "adapters are not offered"
 
 #: OpenAI's own default of /v1/completions
@@ -52,29 +52,29 @@ class OpenAIBody(Body):
     """What the two routes share."""
 
     REFUSED: ClassVar[dict[str, tuple[Neutral, str]]] = {
-        "tools": (_OFF, _NO_TOOLS),
+        "tools": (OFF, _NO_TOOLS),
         "tool_choice": ((None, "none", "auto"), _NO_TOOLS),
-        "functions": (_OFF, _NO_TOOLS),
+        "functions": (OFF, _NO_TOOLS),
         "function_call": ((None, "none", "auto"), _NO_TOOLS),
-        "response_format": ((None, {"type": "text"}), _NO_GRAMMAR),
-        "json_schema": (_OFF, _NO_GRAMMAR),
-        "regex": (_OFF, _NO_GRAMMAR),
-        "ebnf": (_OFF, _NO_GRAMMAR),
-        "structural_tag": (_OFF, _NO_GRAMMAR),
-        "guided_json": (_OFF, _NO_GRAMMAR),
-        "guided_regex": (_OFF, _NO_GRAMMAR),
-        "guided_choice": (_OFF, _NO_GRAMMAR),
-        "guided_grammar": (_OFF, _NO_GRAMMAR),
-        "lora_path": (_OFF, _NO_ADAPTERS),
-        "use_beam_search": (_OFF, "beam search is not offered"),
+        "response_format": ((None, {"type": "text"}), NO_GRAMMAR),
+        "json_schema": (OFF, NO_GRAMMAR),
+        "regex": (OFF, NO_GRAMMAR),
+        "ebnf": (OFF, NO_GRAMMAR),
+        "structural_tag": (OFF, NO_GRAMMAR),
+        "guided_json": (OFF, NO_GRAMMAR),
+        "guided_regex": (OFF, NO_GRAMMAR),
+        "guided_choice": (OFF, NO_GRAMMAR),
+        "guided_grammar": (OFF, NO_GRAMMAR),
+        "lora_path": (OFF, _NO_ADAPTERS),
+        "use_beam_search": (OFF, "beam search is not offered"),
         "length_penalty": ((None, 1, 1.0), "beam search is not offered"),
         "prompt_logprobs": ((None, False), "log-probabilities of the prompt are not offered"),
-        "return_hidden_states": (_OFF, "hidden states are not offered"),
-        "session_params": (_OFF, "server-side sessions are not offered; repeat the conversation, its prefix is cached"),
-        "custom_logit_processor": (_OFF, "custom code in requests is not offered"),
-        "logits_processors": (_OFF, "custom code in requests is not offered"),
+        "return_hidden_states": (OFF, "hidden states are not offered"),
+        "session_params": (OFF, "server-side sessions are not offered; repeat the conversation, its prefix is cached"),
+        "custom_logit_processor": (OFF, "custom code in requests is not offered"),
+        "logits_processors": (OFF, "custom code in requests is not offered"),
         "priority": ((None, 0), "priorities are not offered"),
-        "stop_regex": (_OFF, "stop expressions are not offered; use stop"),
+        "stop_regex": (OFF, "stop expressions are not offered; use stop"),
     }
     TOLERATED = frozenset(
         {
@@ -130,8 +130,8 @@ class OpenAIBody(Body):
 
 class CompletionBody(OpenAIBody):
     REFUSED = OpenAIBody.REFUSED | {
-        "suffix": (_OFF, "text after the completion is not offered"),
-        "echo": (_OFF, "echoing the prompt is not offered"),
+        "suffix": (OFF, "text after the completion is not offered"),
+        "echo": (OFF, "echoing the prompt is not offered"),
     }
 
     prompt: str | TokenIds | ListOf[str] | ListOf[TokenIds]
@@ -162,9 +162,9 @@ class TextPart(Body):
 
 class Message(Body):
     REFUSED: ClassVar[dict[str, tuple[Neutral, str]]] = {
-        "tool_calls": (_OFF, _NO_TOOLS),
-        "function_call": (_OFF, _NO_TOOLS),
-        "audio": (_OFF, "only text is offered"),
+        "tool_calls": (OFF, _NO_TOOLS),
+        "function_call": (OFF, _NO_TOOLS),
+        "audio": (OFF, "only text is offered"),
     }
     TOLERATED = frozenset({"refusal", "annotations", "reasoning_content", "prefix"})
 
@@ -179,12 +179,12 @@ class Message(Body):
 
 class ChatBody(OpenAIBody):
     REFUSED = OpenAIBody.REFUSED | {
-        "audio": (_OFF, "only text is offered"),
+        "audio": (OFF, "only text is offered"),
         "modalities": ((None, ["text"]), "only text is offered"),
-        "prediction": (_OFF, "predicted outputs are not offered"),
-        "web_search_options": (_OFF, "web search is not offered"),
-        "chat_template": (_OFF, "the model's own chat template is used"),
-        "documents": (_OFF, "documents are not offered"),
+        "prediction": (OFF, "predicted outputs are not offered"),
+        "web_search_options": (OFF, "web search is not offered"),
+        "chat_template": (OFF, "the model's own chat template is used"),
+        "documents": (OFF, "documents are not offered"),
     }
     TOLERATED = OpenAIBody.TOLERATED | {"reasoning_effort", "verbosity", "add_generation_prompt"}
 

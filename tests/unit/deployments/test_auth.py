@@ -6,7 +6,7 @@ import pytest
 from starlette.routing import Route
 
 from configs.errors import Forbidden, Unauthorized
-from deployments.auth import Access, Keys, is_loopback
+from deployments.auth import Access, Keys
 from tests.unit.deployments.api_server import Demo, scenario, serving
 
 NONE = Keys()
@@ -80,23 +80,6 @@ def test_a_page_of_another_site_may_not_administer(site: str) -> None:
 def test_keys_never_show_themselves() -> None:
     assert "top-key" not in repr(BOTH)
     assert "user-key" not in repr(BOTH)
-
-
-@pytest.mark.parametrize(
-    ("host", "answer"),
-    [
-        ("127.0.0.1", True),
-        ("127.9.9.9", True),
-        ("::1", True),
-        ("localhost", True),
-        ("0.0.0.0", False),
-        ("::", False),
-        ("10.0.0.1", False),
-        ("example.org", False),
-    ],
-)
-def test_loopback(host: str, answer: bool) -> None:
-    assert is_loopback(host) is answer
 
 
 @scenario
