@@ -95,8 +95,8 @@ class GrpcService:
             "GetModelInfo": ("inference", self.get_model_info),
             "GetServerInfo": ("inference", self.get_server_info),
             "GetLoads": ("inference", self.get_loads),
-            # Whoever knows a request's id may end it: gateways do that for their clients and send no key.
-            "Abort": ("inference", self.abort),
+            # as /abort_request: it ends requests of other clients
+            "Abort": ("admin", self.abort),
             "FlushCache": ("admin", self.flush_cache),
         }
         if name not in handlers:
@@ -232,8 +232,8 @@ def _not_offered(name: str) -> NotOffered:
 
 
 def _load(row: Mapping[str, Any]) -> scheduler.SchedulerLoad:
-    names = ("dp_rank", "num_running_reqs", "num_waiting_reqs", "num_total_reqs", "num_used_tokens",
-             "max_total_num_tokens", "token_usage", "gen_throughput", "cache_hit_rate", "utilization",
+    names = ("dp_rank", "num_running_reqs", "num_waiting_reqs", "num_waiting_uncached_tokens", "num_total_reqs",
+             "num_used_tokens", "max_total_num_tokens", "token_usage", "gen_throughput", "cache_hit_rate", "utilization",
              "max_running_requests")  # fmt: skip
     load = scheduler.SchedulerLoad(**{name: row[name] for name in names})
     if "memory" in row:

@@ -268,7 +268,10 @@ async def test_keys_are_asked_for(demo: Demo, tmp_path: Path) -> None:
         assert (await door.client.call("HealthCheck")).message["healthy"] is True
         for rpc in ("GetModelInfo", "GetServerInfo", "GetLoads", "Generate", "GetTokenizer", "Abort", "FlushCache"):
             assert (await door.client.call(rpc)).code == "UNAUTHENTICATED", rpc
-        assert (await door.client.call("FlushCache", key="user")).code == "PERMISSION_DENIED"
+        for rpc in ("FlushCache", "Abort"):
+            assert (await door.client.call(rpc, {}, key="user")).code == "PERMISSION_DENIED", rpc
+        ended = await door.client.call("Abort", {"request_id": "nobody"}, key="admin")
+        assert ended.code == "OK"
         assert (await door.client.call("FlushCache", {"timeout_s": 1}, key="admin")).message == {"success": True}
         assert (await door.client.call("GetModelInfo", key="user")).message["served_model_name"] == "tiny"
         told = [await door.client.call(rpc, key="user") for rpc in ("GetModelInfo", "GetServerInfo", "GetLoads")]
