@@ -36,6 +36,8 @@ def _core(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "num_running_reqs": row["num_running"],
         "num_waiting_reqs": row["num_waiting"],
+        # An upper bound: prefixes are looked up at admission, never while a request waits.
+        "num_waiting_uncached_tokens": row["num_waiting_tokens"],
         "num_total_reqs": row["num_running"] + row["num_waiting"],
         "num_used_tokens": num_used * page_size,
         "max_total_num_tokens": num_pages * page_size,

@@ -106,6 +106,7 @@ class Scheduler:
             is_stepping=bool(self._rows),
             blockers=self._roster.blockers(),
             num_waiting=len(self._roster.waiting),
+            num_waiting_tokens=self._roster.waiting.num_tokens,
             epoch=cache.epoch,
             generation=cache.generation,
             num_pages=cache.num_pages,

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from contextlib import aclosing
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from starlette.requests import Request
@@ -111,7 +112,8 @@ class InfoRoutes:
                 raise InvalidField(f"dp_rank {wanted[:20]!r} is not serving", "dp_rank")
         return JsonResponse(
             {
-                "timestamp": self.door.unix_time_s(),
+                # text, as SGLang sends it: gateways drop the whole answer when it is a number
+                "timestamp": datetime.fromtimestamp(self.door.unix_time_s(), UTC).isoformat(),
                 "version": self.version,
                 "dp_rank_count": len(status.get("ranks") or ()),
                 "epoch": status.get("epoch"),

@@ -95,9 +95,12 @@ async def test_loads_have_a_row_per_rank_with_the_sections_asked_for(demo: Demo)
         text = await server.client.get("/v1/loads?format=prometheus")
         nobody = await server.client.get("/v1/loads?dp_rank=9")
     assert loads["dp_rank_count"] == 2
+    # gateways parse it as text and drop the whole answer otherwise
+    assert loads["timestamp"] == "2023-11-14T22:13:20+00:00"
     assert [row["dp_rank"] for row in loads["loads"]] == [0, 1]
     for row in loads["loads"]:
         assert row["num_running_reqs"] == row["num_waiting_reqs"] == row["num_used_tokens"] == 0
+        assert row["num_waiting_uncached_tokens"] == 0
         assert row["max_total_num_tokens"] == 256 * 16
         assert "memory" not in row
     assert sum(row["cache_hit_rate"] > 0 for row in loads["loads"]) == 1

@@ -79,7 +79,9 @@ def test_no_more_run_than_may() -> None:
     requests = [rank.submit(f"r{n}", [n + 1] * 3, max_new_tokens=6) for n in range(5)]
     rank.turn()
     assert (rank.loop.snapshot().num_running, rank.loop.snapshot().num_waiting) == (2, 3)
+    assert rank.loop.snapshot().num_waiting_tokens == 9
     rank.finish()
+    assert rank.loop.snapshot().num_waiting_tokens == 0
     assert_as_foretold(rank, *requests)
 
 
