@@ -17,7 +17,7 @@ import msgspec
 import zmq
 
 from actors.endpoints import TcpDoor
-from actors.loop_socket import LoopSocket, new_socket
+from actors.loop_socket import LoopSocket, end_context, new_socket
 from actors.wire import Abort, Refused, Step, Submit, ToApi, decode_to_rank, encode
 from engine.request import Output, Request
 
@@ -121,7 +121,7 @@ class DataPlane:
                 timer.cancel()
         for socket in self._sockets:
             socket.close(linger_ms)
-        await asyncio.to_thread(self._context.term)
+        await end_context(self._context)
 
     def _bind(self, endpoint: str, door: TcpDoor | None) -> str:
         router = new_socket(self._context, zmq.ROUTER)
