@@ -233,8 +233,8 @@ def _not_offered(name: str) -> NotOffered:
 
 def _load(row: Mapping[str, Any]) -> scheduler.SchedulerLoad:
     names = ("dp_rank", "num_running_reqs", "num_waiting_reqs", "num_waiting_uncached_tokens", "num_total_reqs",
-             "num_used_tokens", "max_total_num_tokens", "token_usage", "gen_throughput", "cache_hit_rate", "utilization",
-             "max_running_requests")  # fmt: skip
+             "num_used_tokens", "max_total_num_tokens", "token_usage", "gen_throughput", "cache_hit_rate",
+             "utilization", "max_running_requests")  # fmt: skip
     load = scheduler.SchedulerLoad(**{name: row[name] for name in names})
     if "memory" in row:
         load.memory.CopyFrom(scheduler.MemoryMetrics(**row["memory"]))
