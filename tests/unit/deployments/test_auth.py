@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import httpx
 import pytest
 from starlette.routing import Route
 
@@ -75,6 +76,31 @@ def test_a_page_of_another_site_may_not_administer(site: str) -> None:
         NONE.check("admin", {"sec-fetch-site": site})
     NONE.check("admin", {"sec-fetch-site": "none"})
     NONE.check("inference", {"sec-fetch-site": site})
+
+
+@pytest.mark.parametrize("peer", ["10.0.0.7", "192.0.2.1", "2001:db8::1", "::", "somewhere", ""])
+def test_without_an_admin_key_only_callers_of_this_machine_may_administer(peer: str) -> None:
+    for keys, given in ((NONE, "none"), (INFERENCE, "user-key")):
+        headers = {"authorization": f"Bearer {given}"}
+        with pytest.raises(Forbidden):
+            keys.check("admin", headers, peer)
+        keys.check("admin", headers, "127.0.0.1")
+        keys.check("admin", headers, "::1")
+    NONE.check("inference", {}, peer)
+    BOTH.check("admin", {"authorization": "Bearer top-key"}, peer)
+
+
+@scenario
+async def test_a_proxy_that_listens_beyond_loopback_opens_no_admin_route(demo: Demo) -> None:
+    """Serve's http_options.host is 0.0.0.0 unless told otherwise, and api.host does not know."""
+    async with serving(demo) as server:
+        elsewhere = httpx.ASGITransport(server.app, client=("192.0.2.1", 4711))
+        async with httpx.AsyncClient(transport=elsewhere, base_url="http://api") as stranger:
+            for path in ("/flush_cache?timeout=1", "/v1/cache/flush", "/abort_request"):
+                assert (await stranger.post(path, json={})).status_code == 403, path
+            assert (await stranger.get("/v1/cache")).status_code == 403
+            assert (await stranger.get("/v1/models")).status_code == 200
+        assert (await server.client.post("/flush_cache?timeout=10")).status_code == 200
 
 
 def test_keys_never_show_themselves() -> None:
