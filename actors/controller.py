@@ -5,6 +5,7 @@ A thin shell: what it does is in actors/control_plane.py, which runs without Ray
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import ray
@@ -35,6 +36,9 @@ class ControllerActor:
         )
         self._plane = ControlPlane(_store(settings), settings.control, around, ControlMetrics())
         await self._plane.start()
+        # A pass of the garbage collector over all that Ray has loaded takes longer than an answer may be late.
+        gc.collect()
+        gc.freeze()
 
     async def register(self, record: RankRecord, handle: Any) -> Registered:
         """A rank's first call; see ControlPlane.register."""
