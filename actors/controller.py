@@ -57,12 +57,14 @@ class ControllerActor:
         flush_id: Any = None,
         dry_run: Any = False,
         caller: Any = "job",
+        **unknown: Any,
     ) -> dict[str, Any]:
         """Flush the cache of every rank; the answer comes by `timeout_s` plus 50 ms whatever the ranks do.
 
         timeout_s: seconds to wait for an idle instant, 0: now or refuse. mode: wait, drain, retract, abort, fence.
         tiers: names, None: all there are. scope: exactly one of namespace, adapter, prefix_tokens, older_than_s.
         flush_id: a repeat with the same arguments joins or re-reads the first one for an hour.
+        unknown: names that are none of these; such a flush is refused.
 
         Answers {flush_id, success, status, message, http_status, epoch, mode, tiers, dry_run, floor_raised, replayed,
         started_at, took_ms, ranks: [{rank, incarnation, node, status, message, epoch, waited_ms, freed_pages,
@@ -71,9 +73,11 @@ class ControllerActor:
         proven gone, and one lives. `status` then is `flushed`, else one of in_progress, timed_out, refused, busy,
         unreachable, expired_command, superseded, no_ranks, unavailable.
         """
-        return await self._plane.flush(
-            timeout_s=timeout_s, mode=mode, tiers=tiers, scope=scope, flush_id=flush_id, dry_run=dry_run, caller=caller
-        )
+        known = {
+            "timeout_s": timeout_s, "mode": mode, "tiers": tiers, "scope": scope, "flush_id": flush_id,
+            "dry_run": dry_run, "caller": caller,
+        }  # fmt: skip
+        return await self._plane.flush(**unknown, **known)
 
     async def flush_status(self, flush_id: Any) -> dict[str, Any]:
         """The answer of a flush by its id, with the verdicts that came after it under `late`; `status: pending` while

@@ -95,7 +95,8 @@ class FlushDesk:
                 assert self._running is not None, "a flush is pending that nobody carries out"
                 return await asyncio.shield(self._running) | {"replayed": True}
             case Begin():
-                self._running = asyncio.create_task(self._carry_out(request, received_s), name=request.flush_id)
+                carrying = self._to_its_end(request, self._carry_out(request, received_s))
+                self._running = asyncio.create_task(carrying, name=request.flush_id)
                 # a caller that hangs up does not cancel its flush
                 return await asyncio.shield(self._running)
 
@@ -140,8 +141,19 @@ class FlushDesk:
         run.takes_epoch = request.takes_epoch(self._limits)
         for record in self._roster.records():
             run.expect(record)
+        return await self._from_intent_to_answer(run, deadline_s)
+
+    async def _to_its_end(self, request: FlushRequest, carrying: Awaitable[Answer]) -> Answer:
+        """The answer, even if a fault of ours cuts the flush short: no exception crosses a job's border, and what
+        follows is not refused because of a flush that nobody carries out any more."""
         try:
-            return await self._from_intent_to_answer(run, deadline_s)
+            return await carrying
+        except Exception:
+            log.exception("flush %s was cut short", request.flush_id)
+            return flush_answer(
+                request, success=False, status="unavailable", message="the controller failed; its log says why",
+                http_status=500, started_at=self._clock.wall_text(), untouched_tiers=self._untouched(request),
+            )  # fmt: skip
         finally:
             self._run = self._telling_until_s = None
             self._book.drop(request)

@@ -85,13 +85,16 @@ def child_process() -> subprocess.Popen[bytes]:
 
 
 class Failing(MemoryStore):
-    """Fails at records of one kind."""
+    """Fails at records of one kind: at all of them, or at the first `times`."""
 
-    def __init__(self, kind: type) -> None:
+    def __init__(self, kind: type, failure: type[Exception] = OSError, times: int | None = None) -> None:
         super().__init__()
         self._mark = f'"{kind.__struct_config__.tag}"'.encode()
+        self._failure = failure
+        self._times_left = times
 
     def create(self, index: int, data: bytes) -> bool:
-        if self._mark in data:
-            raise OSError("disk full")
+        if self._mark in data and self._times_left != 0:
+            self._times_left = None if self._times_left is None else self._times_left - 1
+            raise self._failure("disk full")
         return super().create(index, data)

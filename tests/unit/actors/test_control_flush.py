@@ -9,6 +9,7 @@ import time
 import pytest
 import ray.exceptions
 
+from actors.controller import ControllerActor
 from actors.log_records import FlushIntent, FlushOutcome
 from actors.log_stores import MemoryStore
 from engine.flush import ALREADY_IN_PROGRESS, TIMED_OUT_WAITING, FlushCommand, FlushVerdict
@@ -270,5 +271,33 @@ def test_ids_are_drawn_when_none_is_given() -> None:
             assert one["flush_id"] != two["flush_id"]
             request = make_request(one["flush_id"])
             assert request.flush_id == one["flush_id"]
+
+    run(scenario())
+
+
+def test_a_fault_of_ours_is_a_plain_answer_and_stands_in_nobodys_way() -> None:
+    async def scenario() -> None:
+        async with control_plane(Failing(FlushOutcome, RuntimeError, times=1)) as plane:
+            await add(plane, *ranks(1))
+            answer = await plane.flush(flush_id="cut", timeout_s=1)
+            assert (answer["success"], answer["status"], answer["http_status"]) == (False, "unavailable", 500)
+            assert "disk full" not in str(answer)
+            assert (await plane.flush(flush_id="cut", timeout_s=1))["success"]
+
+    run(scenario())
+
+
+def test_an_unknown_argument_is_a_plain_refusal_that_names_it() -> None:
+    async def scenario() -> None:
+        async with control_plane() as plane:
+            fleet = ranks(1)
+            await add(plane, *fleet)
+            actor = object.__new__(ControllerActor)
+            actor._plane = plane
+            answer = await actor.flush(timeout_s=1, time_out=5)
+            assert (answer["success"], answer["status"], answer["http_status"]) == (False, "invalid", 400)
+            assert answer["param"] == "time_out"
+            assert fleet[0].commands == []
+            assert (await actor.flush(timeout_s=1))["success"]
 
     run(scenario())
