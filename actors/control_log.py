@@ -78,7 +78,10 @@ class ControlLog:
 
     def _is_own(self, index: int) -> bool:
         data = self._store.read(index)
-        return data is not None and _decoded(index, data).writer == self._writer
+        try:
+            return data is not None and decode_entry(data).writer == self._writer
+        except msgspec.DecodeError:  # whoever wrote it, of whatever version: it was not this controller
+            return False
 
     def _load(self) -> LogState:
         state = LogState()

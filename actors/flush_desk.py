@@ -346,17 +346,16 @@ class FlushDesk:
     async def _close_all(self, interrupted: list[tuple[int, FlushIntent]]) -> Answer:
         answer: Answer = {}
         for index, intent in interrupted:
-            run = self._run = interrupted_run(index, intent, self._state.past, self._roster, self._clock.now_s())
-            try:
-                await ask_what_became(run, self._roster, self._state.term)
-                until_s = self._clock.now_s() + _CLOSE_STORE_S
-                answer = await self._end(run, index, until_s, "interrupted by a restart of the controller: ")
-            finally:
-                self._run = None
-                self._book.drop(intent.request)
+            answer = await self._to_its_end(intent.request, self._close_one(index, intent))
         return answer
 
 
 def _ignore_failure(future: Awaitable[int]) -> None:
+    async def _close_one(self, index: int, intent: FlushIntent) -> Answer:
+        run = self._run = interrupted_run(index, intent, self._state.past, self._roster, self._clock.now_s())
+        await ask_what_became(run, self._roster, self._state.term)
+        until_s = self._clock.now_s() + _CLOSE_STORE_S
+        return await self._end(run, index, until_s, "interrupted by a restart of the controller: ")
+
     """Its failure is logged by nobody on purpose: the next append of a flush tells it."""
     asyncio.ensure_future(future).add_done_callback(lambda done: done.cancelled() or done.exception())

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 
 from actors.clock import BootClock
+from actors.control_log import ControlLog
+from actors.log_records import FlushIntent, FlushOutcome, RankJoined
 from actors.log_stores import MemoryStore
 from configs.errors import ControlUnavailable
-from tests.unit.actors.fakes import FakeRank, rank_record
+from tests.unit.actors.fakes import FakeRank, make_request, rank_record
 from tests.unit.actors.planes import (
+    Failing,
     add,
     child_process,
     control_plane,
@@ -133,6 +136,25 @@ def test_an_interrupted_flush_is_closed_by_asking_the_ranks() -> None:
 
 def test_a_superseded_controller_decides_nothing_any_more() -> None:
     async def scenario() -> None:
+def test_of_two_interrupted_flushes_one_that_cannot_be_ended_blocks_nothing() -> None:
+    async def scenario() -> None:
+        store = Failing(FlushOutcome, RuntimeError, times=1)
+        fleet = ranks(1)
+        log = ControlLog(store, BootClock())
+        log.take_over("controller-actor", "cluster")
+        log.append(RankJoined(fleet[0].record))
+        for flush_id in ("first", "second"):
+            log.append(FlushIntent(make_request(flush_id), True, (fleet[0].record.incarnation,), "then"))
+        async with control_plane(store, known=fleet) as plane:
+            second = await plane.flush(flush_id="second")
+            assert second["replayed"]
+            assert second["success"]
+            assert [flush_id for flush_id, *_ in fleet[0].closed] == ["first", "second"]
+            assert (await plane.flush())["success"]
+
+    run(scenario())
+
+
         store = MemoryStore()
         fleet = ranks(1)
         async with control_plane(store) as old:
