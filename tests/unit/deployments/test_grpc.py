@@ -97,6 +97,19 @@ async def test_health_model_and_server_facts(demo: Demo, tmp_path: Path) -> None
 
 
 @scenario
+async def test_loads_without_a_rank_are_a_status(demo: Demo, tmp_path: Path) -> None:
+    async with grpc_door(demo, tmp_path, num_ranks=2) as door:
+        nobody = await door.client.call("GetLoads", {"dp_rank": 9})
+        assert nobody.code == "INVALID_ARGUMENT"
+        assert "dp_rank" in nobody.details
+        door.server.ranks[1].is_mute = True
+        silent = await door.client.call("GetLoads")
+        assert (silent.code, silent.details) == ("UNAVAILABLE", "no answer from rank 1")
+        assert (await door.client.call("GetLoads", {"dp_rank": 1})).code == "UNAVAILABLE"
+        assert (await door.client.call("GetLoads", {"dp_rank": 0})).code == "OK"
+
+
+@scenario
 async def test_no_rank_is_not_healthy(demo: Demo, tmp_path: Path) -> None:
     async with grpc_door(demo, tmp_path) as door:
         door.server.ranks[0].die()
@@ -307,6 +320,22 @@ async def test_a_taken_port_is_a_clear_error(demo: Demo, tmp_path: Path) -> None
         with pytest.raises(ConfigError, match=r"gRPC cannot listen on 127\.0\.0\.1:.*grpc\.port"):
             await second.start("127.0.0.1", port)
         await second.stop(0)
+
+
+@scenario
+async def test_replicas_of_a_node_share_a_port_when_told_to(demo: Demo, tmp_path: Path) -> None:
+    async with serving(demo) as server:
+        service = GrpcService(server.core, Keys(), "0.test", 3600.0)
+        first, second = (GrpcServer(service, max_message_bytes=1 << 20, is_shared=True) for _ in range(2))
+        try:
+            port = await first.start("127.0.0.1", 0)
+            assert await second.start("127.0.0.1", port) == port
+            await first.stop(0)
+            async with grpc_client(f"127.0.0.1:{port}", tmp_path) as client:
+                assert (await client.call("HealthCheck")).message["healthy"] is True
+        finally:
+            await first.stop(0)
+            await second.stop(0)
 
 
 def test_an_unexpected_error_tells_nothing_of_the_server() -> None:
