@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
@@ -45,6 +46,8 @@ class _Peer:
     identity: bytes
     #: outputs that have not left yet, in order
     pending: list[Output] = field(default_factory=list)
+    #: refusals that have not left yet; at most one for each submit of the peer
+    refusals: deque[Refused] = field(default_factory=deque[Refused])
     request_ids: set[str] = field(default_factory=set)
 
 
@@ -179,22 +182,28 @@ class DataPlane:
             self._on_abort(own, "the client has left")
 
     def _refuse(self, peer: _Peer, request_id: str, reason: str) -> None:
+        """Say so at once, or, to a congested peer, as soon as it reads: a request without an answer would hang."""
         self.num_dropped_frames += 1
-        self._try_send(peer, Refused(self._incarnation, request_id, reason))
+        peer.refusals.append(Refused(self._incarnation, request_id, reason))
+        if peer not in self._congested:
+            self._send_pending(peer)
 
     def _forget(self, request_id: str) -> None:
         stream = self._streams.pop(request_id)
         stream.peer.request_ids.discard(request_id)
 
     def _send_pending(self, peer: _Peer) -> None:
-        """One frame of all that waits for `peer`; what does not leave now is tried again, merged with what came."""
+        """Refusals, then one frame of all tokens that wait; what does not leave now is tried again, merged."""
         peer.pending = merge(peer.pending)
-        if self._try_send(peer, Step(self._incarnation, peer.pending)):
+        while peer.refusals and self._try_send(peer, peer.refusals[0]):
+            peer.refusals.popleft()
+        if not peer.refusals and peer.pending and self._try_send(peer, Step(self._incarnation, peer.pending)):
             peer.pending = []
-            self._congested.discard(peer)
-        elif peer.pending:
+        if peer.refusals or peer.pending:
             self._congested.add(peer)
             self._schedule_retry()
+        else:
+            self._congested.discard(peer)
 
     def _try_send(self, peer: _Peer, frame: ToApi) -> bool:
         """False: congested, or gone; a peer that is gone is dropped with its requests."""
@@ -211,6 +220,7 @@ class DataPlane:
         for request_id in orphans:
             self._forget(request_id)
         peer.pending = []
+        peer.refusals.clear()
         self._congested.discard(peer)
         self._peers.pop((peer.socket, peer.identity), None)
         if orphans:
