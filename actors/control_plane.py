@@ -29,6 +29,8 @@ from configs.errors import ControlUnavailable, InvalidField, RequestError, Unkno
 from configs.schema import ControlSettings
 
 _STORE_TIMEOUT_S = 10.0
+#: what a start waits for signs of life; living ranks answer in milliseconds
+_FIRST_HELLO_S = 1.0
 _MAX_POLL_S = 60.0
 _MAX_ASK_S = 60.0
 _METRICS_PERIOD_S = 5.0
@@ -81,6 +83,8 @@ class ControlPlane:
             handle = await asyncio.to_thread(around.find_handle, record)
             if not self._roster.restore(record, handle):
                 self._on_gone(record)
+        # Before this an Api would read that no rank takes requests, and refuse those of its clients.
+        await self._roster.until_asked(_FIRST_HELLO_S)
         self._metrics.epoch(state.epoch)
         self._desk.close_interrupted()
         self._reporting = asyncio.create_task(self._report(), name="metrics")

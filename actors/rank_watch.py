@@ -38,6 +38,8 @@ class RankWatch:
         self._proof = proof
         self._events = events
         self._stopped = asyncio.Event()
+        #: set once it has given its first sign of life, or failed to
+        self.asked = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -47,6 +49,8 @@ class RankWatch:
 
     def start(self, is_answering: bool) -> None:
         """Begin. is_answering: it has just registered; otherwise it is asked for a sign of life first."""
+        if is_answering or self.handle is None:
+            self.asked.set()
         pidfd = self._proof.fileno() if self._proof is not None else None
         if pidfd is not None:
             asyncio.get_running_loop().add_reader(pidfd, self._end)
@@ -55,6 +59,7 @@ class RankWatch:
     def stop(self) -> None:
         """Stop following; no event comes after this."""
         self._stopped.set()
+        self.asked.set()
         if self._task is not None:
             self._task.cancel()
         if self._proof is not None:
@@ -84,6 +89,7 @@ class RankWatch:
 
     async def _says_hello(self) -> bool:
         hello = await outcome_within(self.handle.hello.remote(), _HELLO_TIMEOUT_S)
+        self.asked.set()
         return isinstance(hello, Answered) and hello.value["incarnation"] == self.record.incarnation
 
     async def _until_gone(self) -> None:
