@@ -21,14 +21,14 @@ import grpc
 from google.protobuf.message import Message
 
 from actors.flush_request import seconds
-from configs.errors import InvalidField, NotOffered, ServiceError
+from configs.errors import InvalidField, NoRank, NotOffered, ServiceError
 from deployments import facts
 from deployments.auth import Access, Keys
 from deployments.core import ApiCore
 from deployments.errors import as_tidegate_error
 from deployments.flush_surfaces import judge
 from deployments.grpc_generate import body_of, chunk, complete
-from deployments.load_rows import LOAD_SECTIONS, load_row
+from deployments.load_rows import LOAD_SECTIONS, loads_of
 from deployments.native_jobs import native_jobs
 from deployments.protos import RPCS, common, scheduler
 from deployments.sequences import Answer, collected
@@ -172,20 +172,21 @@ class GrpcService:
         return response
 
     async def get_loads(self, request: scheduler.GetLoadsRequest, call: Call) -> Message:
+        """What every rank, or the one asked for, has to do now. UNAVAILABLE if one of them does not answer."""
         sections = frozenset(request.include) or frozenset({"core"})
         unknown = sorted(sections - LOAD_SECTIONS - {"all"})
         if unknown:
             raise InvalidField(f"include: there is no section {unknown[0][:40]!r}", "include")
-        status = await self.core.controller.status()
-        ranks = status.get("ranks") or []
-        rows = [load_row(row, LOAD_SECTIONS if "all" in sections else sections | {"core"}) for row in ranks]
-        if request.HasField("dp_rank"):
-            rows = [row for row in rows if row["dp_rank"] == request.dp_rank]
+        wanted = str(request.dp_rank) if request.HasField("dp_rank") else None
+        shown = LOAD_SECTIONS if "all" in sections else sections | {"core"}
+        loads = loads_of(await self.core.controller.status(), shown, wanted)
+        if loads.message:
+            raise NoRank(loads.message)
         return scheduler.GetLoadsResponse(
             timestamp=datetime.now(UTC).isoformat(),
             version=self.version,
-            dp_rank_count=len(ranks),
-            loads=[_load(row) for row in rows if "num_running_reqs" in row],
+            dp_rank_count=loads.num_ranks,
+            loads=[_load(row) for row in loads.rows],
         )
 
     async def generate(self, request: scheduler.GenerateRequest, call: Call) -> AsyncGenerator[Message, None]:

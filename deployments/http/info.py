@@ -19,7 +19,7 @@ from deployments import facts
 from deployments.core import ApiCore
 from deployments.http.door import Door, JsonResponse
 from deployments.http.streaming import unless_gone
-from deployments.load_rows import LOAD_SECTIONS, load_row
+from deployments.load_rows import LOAD_SECTIONS, loads_of
 from deployments.sequences import SequenceJob
 from engine.request import SamplingParams
 
@@ -99,27 +99,26 @@ class InfoRoutes:
         return JsonResponse(await facts.server_info(self.core, self.version))
 
     async def loads(self, request: Request) -> Response:
-        """What every rank has to do now: `dp_rank` picks one, `include` the sections."""
+        """What every rank has to do now: `dp_rank` picks one, `include` the sections.
+
+        503 with the rows there are, and the reason, if a rank that was asked for does not answer.
+        """
         sections = _sections(request.query_params.get("include"))
         if request.query_params.get("format", "json") != "json":
             raise InvalidField("format: only json is offered; metrics come from Ray's exporter", "format")
         status = await self.core.controller.status()
-        rows = [load_row(row, sections) for row in status.get("ranks") or ()]
-        wanted = request.query_params.get("dp_rank")
-        if wanted is not None:
-            rows = [row for row in rows if str(row["dp_rank"]) == wanted]
-            if not rows:
-                raise InvalidField(f"dp_rank {wanted[:20]!r} is not serving", "dp_rank")
-        return JsonResponse(
-            {
-                # text, as SGLang sends it: gateways drop the whole answer when it is a number
-                "timestamp": datetime.fromtimestamp(self.door.unix_time_s(), UTC).isoformat(),
-                "version": self.version,
-                "dp_rank_count": len(status.get("ranks") or ()),
-                "epoch": status.get("epoch"),
-                "loads": rows,
-            }
-        )
+        loads = loads_of(status, sections, request.query_params.get("dp_rank"))
+        content = {
+            # text, as SGLang sends it: gateways drop the whole answer when it is a number
+            "timestamp": datetime.fromtimestamp(self.door.unix_time_s(), UTC).isoformat(),
+            "version": self.version,
+            "dp_rank_count": loads.num_ranks,
+            "epoch": status.get("epoch"),
+            "loads": loads.rows,
+        }
+        if loads.message:
+            return JsonResponse(content | {"message": loads.message}, status_code=NoRank.http_status)
+        return JsonResponse(content)
 
     def _model_object(self) -> dict[str, Any]:
         card = self.core.card

@@ -13,6 +13,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import ray.exceptions
+
 from actors.messages import Member, Membership
 from cache.device_cache import DeviceCache
 from configs.errors import RankLost
@@ -58,6 +60,8 @@ class LocalRank:
         #: set to make the rank die as soon as this many outputs were handed out
         self.dies_after: int | None = None
         self.num_outputs = 0
+        #: it lives, but does not say how it is
+        self.is_mute = False
         self.requests: list[Request] = []
         self._thread = threading.Thread(target=self.engine.run, name=f"engine-{rank}")
         self._thread.start()
@@ -144,6 +148,8 @@ class LocalRank:
         return {"num_aborted": len(wanted)}
 
     async def status(self) -> dict[str, Any]:
+        if self.is_mute:
+            raise ray.exceptions.ActorUnavailableError("mute", None)
         picture = self.engine.snapshot()
         return asdict(picture) | {
             "num_running": picture.num_running,

@@ -111,6 +111,25 @@ async def test_loads_have_a_row_per_rank_with_the_sections_asked_for(demo: Demo)
     assert bad.json()["error"]["param"] == "include"
 
 
+@scenario
+async def test_a_silent_rank_is_no_success(demo: Demo) -> None:
+    async with serving(demo, num_ranks=2) as server:
+        server.ranks[0].is_mute = True
+        loads = await server.client.get("/v1/loads")
+        mute = await server.client.get("/v1/loads?dp_rank=0")
+        other = await server.client.get("/v1/loads?dp_rank=1")
+        nobody = await server.client.get("/v1/loads?dp_rank=9")
+    async with serving(demo, num_ranks=0) as server:
+        empty = await server.client.get("/v1/loads")
+    assert loads.status_code == mute.status_code == empty.status_code == 503
+    assert [(row["dp_rank"], row["status"]) for row in loads.json()["loads"]] == [(0, "unreachable"), (1, "serving")]
+    assert "num_running_reqs" not in loads.json()["loads"][0]
+    assert loads.json()["loads"][1]["num_running_reqs"] == 0
+    assert loads.json()["message"] == "no answer from rank 0"
+    assert (other.status_code, nobody.status_code) == (200, 400)
+    assert empty.json()["loads"] == []
+
+
 @pytest.mark.parametrize("prefix", ["", "/v1"])
 @scenario
 async def test_tokenize_and_detokenize_undo_each_other(demo: Demo, prefix: str) -> None:
