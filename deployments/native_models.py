@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from deployments.bodies import (
     NO_GRAMMAR,
     OFF,
     Body,
-    ListOf,
     NamespaceText,
     Neutral,
     Penalty,
@@ -20,15 +19,17 @@ from deployments.bodies import (
     StopList,
     StopString,
     TokenIds,
+    few_ids,
     field_error,
 )
 from deployments.sampling_fields import (
-    MAX_SEQUENCES,
     LogitBias,
     MinP,
     NumSequences,
     NumTokens,
     NumTokensOrNone,
+    PerPrompt,
+    PromptIds,
     RepetitionPenalty,
     TopK,
     TopP,
@@ -38,6 +39,9 @@ _TEXT_ONLY = "only text is offered"
 
 #: SGLang's own default of max_new_tokens; cut to what the context leaves when the caller named none
 DEFAULT_NEW_TOKENS = 128
+
+#: texts, or lists of ids, that /tokenize and /detokenize take at once
+MAX_TEXTS = 2048
 
 NumTopLogprobs = Annotated[int, Field(ge=0, le=128)]
 
@@ -73,9 +77,6 @@ class SamplingBody(Body):
     n: NumSequences = 1
 
 
-Each = Annotated[list[SamplingBody], Field(min_length=1, max_length=MAX_SEQUENCES, fail_fast=True)]
-
-
 class GenerateBody(Body):
     REFUSED: ClassVar[dict[str, tuple[Neutral, str]]] = {
         "input_embeds": (OFF, "embeddings as input are not offered; use text or input_ids"),
@@ -104,13 +105,13 @@ class GenerateBody(Body):
     )  # fmt: skip
 
     model: str = "default"
-    text: str | ListOf[str] | None = None
-    input_ids: TokenIds | ListOf[TokenIds] | None = None
-    sampling_params: SamplingBody | Each | None = None
-    rid: RequestIdText | ListOf[RequestIdText] | None = None
+    text: str | PerPrompt[str] | None = None
+    input_ids: TokenIds | PromptIds | None = None
+    sampling_params: SamplingBody | PerPrompt[SamplingBody] | None = None
+    rid: RequestIdText | PerPrompt[RequestIdText] | None = None
     stream: bool = False
-    return_logprob: bool | ListOf[bool] | None = None
-    top_logprobs_num: NumTopLogprobs | ListOf[NumTopLogprobs] | None = None
+    return_logprob: bool | PerPrompt[bool] | None = None
+    top_logprobs_num: NumTopLogprobs | PerPrompt[NumTopLogprobs] | None = None
     return_text_in_logprobs: bool = False
     extra_key: NamespaceText | None = None
     data_parallel_rank: Annotated[int, Field(ge=0)] | None = None
@@ -132,13 +133,13 @@ class TokenizeBody(Body):
     TOLERATED = frozenset({"return_token_strs"})
 
     model: str = "default"
-    prompt: str | ListOf[str]
+    prompt: str | Annotated[list[str], Field(max_length=MAX_TEXTS, fail_fast=True)]
     add_special_tokens: bool = True
 
 
 class DetokenizeBody(Body):
     model: str = "default"
-    tokens: TokenIds | ListOf[TokenIds]
+    tokens: TokenIds | Annotated[list[TokenIds], Field(max_length=MAX_TEXTS, fail_fast=True), BeforeValidator(few_ids)]
     skip_special_tokens: bool = True
 
 

@@ -13,7 +13,6 @@ from deployments.bodies import (
     NO_GRAMMAR,
     OFF,
     Body,
-    ListOf,
     NamespaceText,
     Neutral,
     Penalty,
@@ -31,6 +30,8 @@ from deployments.sampling_fields import (
     NumSequences,
     NumTokens,
     NumTokensOrNone,
+    PerPrompt,
+    PromptIds,
     RepetitionPenalty,
     TopK,
     TopP,
@@ -134,7 +135,7 @@ class CompletionBody(OpenAIBody):
         "echo": (OFF, "echoing the prompt is not offered"),
     }
 
-    prompt: str | TokenIds | ListOf[str] | ListOf[TokenIds]
+    prompt: str | TokenIds | PerPrompt[str] | PromptIds
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: NumSequences | None = None
 
@@ -169,7 +170,7 @@ class Message(Body):
     TOLERATED = frozenset({"refusal", "annotations", "reasoning_content", "prefix"})
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | ListOf[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=1024, fail_fast=True)]
     name: Annotated[str, Field(max_length=64)] | None = None
 
     @property

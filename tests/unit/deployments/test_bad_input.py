@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -29,7 +30,8 @@ OPENAI: list[tuple[str, dict[str, Any], int, str]] = [
     ("completions", {"prompt": [1, True]}, 400, "prompt"),
     ("completions", {"prompt": {"text": "x"}}, 400, "prompt"),
     ("completions", {"prompt": "word " * 3000}, 400, "prompt"),
-    ("completions", {"prompt": ["x"] * 1000}, 400, "n"),
+    ("completions", {"prompt": ["x"] * 1000}, 400, "prompt"),
+    ("completions", {"prompt": ["x"] * 100, "n": 2}, 400, "n"),
     ("completions", {"prompt": "x", "max_tokens": 0}, 400, "max_tokens"),
     ("completions", {"prompt": "x", "max_tokens": "many"}, 400, "max_tokens"),
     ("completions", {"prompt": "x", "max_tokens": 2.5}, 400, "max_tokens"),
@@ -93,6 +95,9 @@ OPENAI: list[tuple[str, dict[str, Any], int, str]] = [
     ("chat/completions", CHAT | {"continue_final_message": "yes"}, 400, "continue_final_message"),
     ("tokenize", {"prompt": 5}, 400, "prompt"),
     ("detokenize", {"tokens": ["x"]}, 400, "tokens"),
+    ("tokenize", {"prompt": [""] * 100_000}, 400, "prompt"),
+    ("detokenize", {"tokens": [[]] * 100_000}, 400, "tokens"),
+    ("detokenize", {"tokens": [[1] * 1000] * 2000}, 400, "tokens"),
 ]
 
 NATIVE: list[tuple[str, dict[str, Any], int, str]] = [
@@ -113,6 +118,11 @@ NATIVE: list[tuple[str, dict[str, Any], int, str]] = [
     ("generate", {"text": "x", "sampling_params": [{}, {"top_k": 0}]}, 400, "sampling_params.1.top_k"),
     ("generate", {"text": ["x", "y"], "rid": ["a"]}, 400, "rid"),
     ("generate", {"text": ["x", "y"], "rid": ["a", "a"]}, 400, "rid"),
+    ("generate", {"text": [""] * 100_000}, 400, "text"),
+    ("generate", {"input_ids": [[]] * 100_000}, 400, "input_ids"),
+    ("generate", {"input_ids": [[1] * 20_000] * 100}, 400, "input_ids"),
+    ("generate", {"text": "x", "rid": ["a"] * 100_000}, 400, "rid"),
+    ("generate", {"text": "x", "return_logprob": [True] * 100_000}, 400, "return_logprob"),
     ("generate", {"text": "x", "return_logprob": "yes"}, 400, "return_logprob"),
     ("generate", {"text": "x", "top_logprobs_num": 500}, 400, "top_logprobs_num"),
     ("generate", {"text": "x", "return_logprob": True, "logprob_start_len": 0}, 400, "logprob_start_len"),
@@ -130,7 +140,7 @@ NATIVE: list[tuple[str, dict[str, Any], int, str]] = [
 async def test_openai_routes_name_the_field(
     demo: Demo, route: str, body: dict[str, Any], status: int, field: str
 ) -> None:
-    async with serving(demo) as server:
+    async with serving(demo, max_body_bytes=8 << 20) as server:
         response = await server.post(f"/v1/{route}", body)
         assert (await server.client.get("/health")).status_code == 200
     error = response.json()["error"]
@@ -146,7 +156,7 @@ async def test_openai_routes_name_the_field(
 async def test_native_routes_name_the_field(
     demo: Demo, route: str, body: dict[str, Any], status: int, field: str
 ) -> None:
-    async with serving(demo) as server:
+    async with serving(demo, max_body_bytes=8 << 20) as server:
         response = await server.post(f"/{route}", body)
         assert (await server.client.get("/health")).status_code == 200
     error = response.json()
@@ -253,3 +263,20 @@ async def test_wrong_routes_and_methods_speak_the_dialect_of_their_path(
     assert (answer["error"] if path.startswith("/v1/") else answer)["code"] == status
     if status == 405:
         assert response.headers["allow"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/v1/tokenize", {"prompt": [""] * 1_500_000}), ("/v1/detokenize", {"tokens": [[]] * 1_500_000})],
+)
+@scenario
+async def test_a_list_of_nothing_many_times_does_not_hold_the_loop_up(
+    demo: Demo, path: str, body: dict[str, Any]
+) -> None:
+    async with serving(demo, max_body_bytes=8 << 20) as server:
+        began_s = time.monotonic()
+        response = await server.post(path, body)
+        took_s = time.monotonic() - began_s
+    assert response.status_code == 400
+    # working through the list took 12 s
+    assert took_s < 4
