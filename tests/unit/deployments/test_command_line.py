@@ -140,6 +140,7 @@ async def test_settings_that_cannot_work_are_status_2_before_anything_starts(dem
         (("--model", str(tmp_path)), "holds no config.json"),
         (("--device", "cuda", "--dp", "64"), "each rank needs 1 GPU"),
     ):
-        ran = await tidegate("serve", *state, *arguments)
+        # TMPDIR: where Ray's folder goes, since pytest's paths are too long for its sockets
+        ran = await tidegate("serve", *state, *arguments, TMPDIR=str(tmp_path))
         assert ran.status == 2, arguments
         assert reason in ran.err
