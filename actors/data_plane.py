@@ -151,13 +151,13 @@ class DataPlane:
             frame = decode_to_rank(parts[-1])
         except msgspec.DecodeError as error:
             log.warning("an unreadable frame was dropped: %s", error)
-            self._refuse(peer, "", "the frame could not be read")
+            self._refuse(peer, None, "the frame could not be read")
             return
         match frame:
             case Submit(incarnation=incarnation, request=request) if incarnation == self._incarnation:
                 self._submit(peer, request)
             case Submit(request=request):
-                self._refuse(peer, request.request_id, "the frame names another incarnation")
+                self._refuse(peer, request, "the frame names another incarnation")
             case Abort(incarnation=incarnation, request_ids=request_ids) if incarnation == self._incarnation:
                 self._abort(peer, request_ids)
             case Abort():
@@ -165,9 +165,9 @@ class DataPlane:
 
     def _submit(self, peer: _Peer, request: Request) -> None:
         if self._closed_because is not None:
-            self._refuse(peer, request.request_id, self._closed_because)
+            self._refuse(peer, request, self._closed_because)
         elif request.request_id in self._streams:
-            self._refuse(peer, request.request_id, "a request of this id is open")
+            self._refuse(peer, request, "a request of this id is open")
         else:
             self._streams[request.request_id] = _Stream(peer, request.attempt)
             peer.request_ids.add(request.request_id)
@@ -181,10 +181,11 @@ class DataPlane:
         if own:
             self._on_abort(own, "the client has left")
 
-    def _refuse(self, peer: _Peer, request_id: str, reason: str) -> None:
+    def _refuse(self, peer: _Peer, request: Request | None, reason: str) -> None:
         """Say so at once, or, to a congested peer, as soon as it reads: a request without an answer would hang."""
         self.num_dropped_frames += 1
-        peer.refusals.append(Refused(self._incarnation, request_id, reason))
+        request_id, attempt = ("", 0) if request is None else (request.request_id, request.attempt)
+        peer.refusals.append(Refused(self._incarnation, request_id, reason, attempt))
         if peer not in self._congested:
             self._send_pending(peer)
 

@@ -82,10 +82,10 @@ def test_outputs_of_one_step_leave_in_one_frame() -> None:
 def test_frames_for_another_incarnation_are_refused_and_counted() -> None:
     async def scenario() -> None:
         async with door_and_client() as (door, client):
-            await client.send(Submit("another", request("a")))
+            await client.send(Submit("another", request("a", attempt=3)))
             answer = await client.receive()
             assert isinstance(answer, Refused)
-            assert (answer.incarnation, answer.request_id) == (INCARNATION, "a")
+            assert (answer.incarnation, answer.request_id, answer.attempt) == (INCARNATION, "a", 3)
             await client.send(Abort("another", ["a"]))
             await client.send(Submit(INCARNATION, request("b")))
             assert (await door.submitted.get()).request_id == "b"

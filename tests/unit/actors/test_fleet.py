@@ -20,6 +20,7 @@ import zmq
 from actors.data_plane import DataPlane
 from actors.loop_socket import end_context
 from actors.messages import Member, Membership
+from actors.wire import Refused, encode
 from configs.errors import ControlUnavailable, RankLost
 from engine.request import Output
 from tests.unit.actors.ranks import (
@@ -207,6 +208,21 @@ def test_the_old_connection_of_a_member_that_came_back_breaks_alone() -> None:
                 assert fleet._seats[rank.incarnation].retry is None
                 asked = request("new")
                 assert tokens(await collect(fleet, rank.incarnation, asked)) == expected(asked)
+
+    run(scenario())
+
+
+def test_a_refusal_of_an_earlier_attempt_ends_nothing() -> None:
+    async def scenario() -> None:
+        async with rank_and_fleet() as (rank, fleet):
+            asked = request(num_tokens=40, attempt=6)
+            stream = fleet.generate(rank.incarnation, asked)
+            got = [await anext(stream)]
+            late = Refused(rank.incarnation, asked.request_id, "a request of this id is open", attempt=5)
+            fleet._seats[rank.incarnation].link._receive([encode(late)])
+            got += [output async for output in stream]
+            assert tokens(got) == expected(asked)
+            assert fleet.counters.num_dropped == 1
 
     run(scenario())
 
