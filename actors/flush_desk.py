@@ -110,7 +110,7 @@ class FlushDesk:
         return None if self._book.pending is None else self._pending_as_plain(self._book.pending.flush_id)
 
     def seconds_since_flush(self) -> float | None:
-        """Since the last success of this controller's life."""
+        """Since the last success of a flush of everything in this controller's life."""
         return None if self._flushed_s is None else self._clock.now_s() - self._flushed_s
 
     # --- what happens to ranks meanwhile ----------------------------------------------------------------------------
@@ -314,7 +314,7 @@ class FlushDesk:
 
     def _count(self, answer: Answer) -> None:
         self._metrics.flush_ended(answer)
-        if answer["success"]:
+        if answer["floor_raised"]:
             self._flushed_s = self._clock.now_s()
 
     def _pending_as_plain(self, flush_id: str) -> dict[str, Any] | None:
@@ -349,8 +349,6 @@ class FlushDesk:
             answer = await self._to_its_end(intent.request, self._close_one(index, intent))
         return answer
 
-
-def _ignore_failure(future: Awaitable[int]) -> None:
     async def _close_one(self, index: int, intent: FlushIntent) -> Answer:
         run = self._run = interrupted_run(index, intent, self._state.past, self._roster, self._clock.now_s())
         await ask_what_became(run, self._roster, self._state.term)
@@ -359,3 +357,5 @@ def _ignore_failure(future: Awaitable[int]) -> None:
 
     """Its failure is logged by nobody on purpose: the next append of a flush tells it."""
     asyncio.ensure_future(future).add_done_callback(lambda done: done.cancelled() or done.exception())
+
+def _ignore_failure(future: Awaitable[int]) -> None:

@@ -148,7 +148,7 @@ class FlushRun:
             return worst, self._complaint(bad), _FAILURES[worst]
         if not any(self._lives(row) for row in self._rows.values()):
             return "no_ranks", "no rank is left: nothing was flushed because nothing serves", 503
-        return "flushed", "Cache flushed.", 200
+        return "flushed", "Dry run: nothing was flushed." if self.request.dry_run else "Cache flushed.", 200
 
     def _is_good(self, row: _Row) -> bool:
         status = row.verdict.status if row.verdict is not None else "unreachable"

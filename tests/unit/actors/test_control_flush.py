@@ -275,6 +275,20 @@ def test_ids_are_drawn_when_none_is_given() -> None:
     run(scenario())
 
 
+def test_only_a_flush_of_everything_counts_as_the_last_flush() -> None:
+    async def scenario() -> None:
+        async with control_plane() as plane:
+            await add(plane, *ranks(2))
+            dry = await plane.flush(dry_run=True)
+            assert (dry["success"], dry["message"]) == (True, "Dry run: nothing was flushed.")
+            assert (await plane.flush(scope={"namespace": "a"}))["message"] == "Cache flushed."
+            assert plane._desk.seconds_since_flush() is None
+            assert (await plane.flush())["success"]
+            assert plane._desk.seconds_since_flush() is not None
+
+    run(scenario())
+
+
 def test_a_fault_of_ours_is_a_plain_answer_and_stands_in_nobodys_way() -> None:
     async def scenario() -> None:
         async with control_plane(Failing(FlushOutcome, RuntimeError, times=1)) as plane:
