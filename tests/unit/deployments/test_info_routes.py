@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tomllib
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pytest
 
 from configs.errors import ConfigError
 from configs.version import VERSION
+from deployments.http import info
 from deployments.http.info import HEALTH_TIMEOUT_S
 from deployments.model_card import read_model_card
-from tests.unit.deployments.api_server import Demo, scenario, serving
+from tests.unit.deployments.api_server import Demo, scenario, serving, until
 
 GENERATE = {"text": "x", "sampling_params": {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}}
 
@@ -83,6 +85,28 @@ async def test_health_asks_no_rank_and_health_generate_asks_all(demo: Demo) -> N
 
 
 @scenario
+async def test_a_full_server_is_a_healthy_one(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = {"temperature": 0, "max_new_tokens": 1500, "ignore_eos": True}
+    async with serving(demo, max_inflight=40) as server:
+        (rank,) = server.ranks
+        running = asyncio.create_task(server.post("/generate", {"text": ["x"] * 40, "sampling_params": long}))
+        await until(lambda: rank.engine.snapshot().num_running == 32, "the rank is full")
+        assert (await server.post("/generate", GENERATE)).status_code == 429
+        monkeypatch.setattr(info, "HEALTH_TIMEOUT_S", 0.2)
+        busy = await server.client.get("/health_generate")
+        num_probes = len(rank.requests) - 40
+        # a rank that is silent is not healthy, however much it has to do
+        rank._hand_out = lambda outputs: None
+        silent = await server.client.get("/health_generate")
+        await server.core.abort(None)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    assert busy.status_code == 200, busy.text
+    assert num_probes == 1
+    assert silent.status_code == 503
+
+
+@scenario
 async def test_loads_have_a_row_per_rank_with_the_sections_asked_for(demo: Demo) -> None:
     async with serving(demo, num_ranks=2) as server:
         for _ in range(2):
@@ -148,6 +172,20 @@ async def test_tokenize_and_detokenize_undo_each_other(demo: Demo, prefix: str) 
     assert both["text"] == texts
     assert unknown.status_code == 400
     assert empty["text"] == ""
+
+
+@scenario
+async def test_tokenising_counts_as_one_in_flight(demo: Demo) -> None:
+    async with serving(demo, max_inflight=1) as server:
+        with server.core.admission.hold(1):
+            refused = [
+                await server.post("/tokenize", {"prompt": "x"}),
+                await server.post("/detokenize", {"tokens": [5]}),
+            ]
+        taken = await server.post("/tokenize", {"prompt": "x"})
+        assert server.core.admission.num_inflight == 0
+    assert [response.status_code for response in refused] == [429, 429]
+    assert taken.status_code == 200
 
 
 def test_the_version_is_the_packages(request: pytest.FixtureRequest) -> None:
