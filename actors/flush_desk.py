@@ -31,9 +31,10 @@ log = logging.getLogger(__name__)
 
 # Nobody waits for the outcome of a flush that was cut short; a store that is slow at start may take its time.
 _CLOSE_STORE_S = 10.0
-# Of the answer's slack, verdicts may use one half (they leave the ranks at the deadline), the log most of the rest.
+# Of the answer's slack all but a tenth may be waited for: by the intent, then the verdicts, which leave the ranks at
+# the deadline, then the outcome. Of what the intent has left over the verdicts may use one half.
+_WAIT_SHARE = 0.9
 _COLLECT_SHARE = 0.5
-_STORE_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,16 +163,18 @@ class FlushDesk:
         if run.is_settled:
             return self._not_begun(run, "no_ranks", "no rank is registered: nothing was flushed")
         intent = FlushIntent(run.request, run.takes_epoch, tuple(run.waiting_for), run.started_at)
+        until_s = deadline_s + _WAIT_SHARE * self._slack_s
         appending = self._log.append(intent)
-        match await self._stored(appending, deadline_s + _COLLECT_SHARE * self._slack_s):
+        match await self._stored(appending, until_s):
             case _NotStored(message):
                 answer = self._not_begun(run, "unavailable", f"{message}; no rank was told to flush")
                 self._close_when_stored(appending, answer)
                 return answer
             case _Stored(index):
                 self._begin(run, index, deadline_s)
-                await self._until_settled(deadline_s + _COLLECT_SHARE * self._slack_s)
-                return await self._end(run, index, deadline_s + _STORE_SHARE * self._slack_s)
+                begun_s = max(self._clock.now_s(), deadline_s)
+                await self._until_settled(begun_s + _COLLECT_SHARE * (until_s - begun_s))
+                return await self._end(run, index, until_s)
 
     def _begin(self, run: FlushRun, index: int, deadline_s: float) -> None:
         """The intent is stored: from here on ranks are told, those too that register meanwhile."""
@@ -293,7 +296,8 @@ class FlushDesk:
         took_ms = (self._clock.now_s() - run.started_s) * 1000
         answer = flush_answer(
             run.request, success=False, status=status, message=message, http_status=503, started_at=run.started_at,
-            took_ms=took_ms, untouched_tiers=self._untouched(run.request),
+            took_ms=took_ms, ranks=run.not_told(f"It was not told: {message}"),
+            untouched_tiers=self._untouched(run.request),
         )  # fmt: skip
         self._count(answer)
         return answer
@@ -355,7 +359,7 @@ class FlushDesk:
         until_s = self._clock.now_s() + _CLOSE_STORE_S
         return await self._end(run, index, until_s, "interrupted by a restart of the controller: ")
 
-    """Its failure is logged by nobody on purpose: the next append of a flush tells it."""
-    asyncio.ensure_future(future).add_done_callback(lambda done: done.cancelled() or done.exception())
 
 def _ignore_failure(future: Awaitable[int]) -> None:
+    """Its failure is logged by nobody on purpose: the next append of a flush tells it."""
+    asyncio.ensure_future(future).add_done_callback(lambda done: done.cancelled() or done.exception())

@@ -114,6 +114,12 @@ class FlushRun:
         if row.verdict is None or row.verdict.status == "unreachable":
             row.verdict = self._verdict("gone", "its process has ended")
 
+    def not_told(self, message: str) -> list[dict[str, Any]]:
+        """The rows of a flush that was never begun: who has no verdict refuses with `message`."""
+        for row in self._rows.values():
+            row.verdict = row.verdict or self._verdict("refused", message)
+        return self._plain_rows()
+
     def close(self, now_s: float, untouched_tiers: Iterable[str], note: str = "") -> Answer:
         """Fix the answer: who still owes a verdict is unreachable.
 
@@ -135,7 +141,7 @@ class FlushRun:
             floor_raised=success and self.takes_epoch,
             started_at=self.started_at,
             took_ms=(now_s - self.started_s) * 1000,
-            ranks=[_plain_row(row.record, row.verdict) for row in self._in_order() if row.verdict is not None],
+            ranks=self._plain_rows(),
             untouched_tiers=list(untouched_tiers),
         )
 
@@ -164,6 +170,9 @@ class FlushRun:
             return messages.pop()
         parts = [f"rank {row.record.rank}: {row.verdict.message}" for row in bad if row.verdict is not None]
         return f"{len(bad)} of {len(self._rows)} ranks not flushed: " + "; ".join(parts)
+
+    def _plain_rows(self) -> list[dict[str, Any]]:
+        return [_plain_row(row.record, row.verdict) for row in self._in_order() if row.verdict is not None]
 
     def _in_order(self) -> list[_Row]:
         return sorted(self._rows.values(), key=lambda row: row.record.rank)

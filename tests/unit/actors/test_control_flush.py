@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 
 import pytest
@@ -271,6 +272,51 @@ def test_ids_are_drawn_when_none_is_given() -> None:
             assert one["flush_id"] != two["flush_id"]
             request = make_request(one["flush_id"])
             assert request.flush_id == one["flush_id"]
+
+    run(scenario())
+
+
+class Slow(MemoryStore):
+    """Takes its time for the intent of a flush: until it is told to go on, at most `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._seconds = seconds
+        self.goes_on = threading.Event()
+
+    def create(self, index: int, data: bytes) -> bool:
+        if b'"flush_intent"' in data:
+            self.goes_on.wait(self._seconds)
+        return super().create(index, data)
+
+
+def test_a_slow_log_may_use_the_slack_as_long_as_nobody_was_told() -> None:
+    async def scenario() -> None:
+        async with control_plane(Slow(0.26), answer_slack_s=0.4) as plane:
+            await add(plane, *ranks(2))
+            begin = time.monotonic()
+            answer = await plane.flush(timeout_s=0)
+            assert answer["success"], answer
+            assert 0.26 <= time.monotonic() - begin <= 0.4
+
+    run(scenario())
+
+
+def test_a_flush_that_no_rank_was_told_of_has_a_row_for_each() -> None:
+    async def scenario() -> None:
+        store = Slow(10)
+        async with control_plane(store, answer_slack_s=0.2) as plane:
+            fleet = ranks(2)
+            await add(plane, *fleet)
+            begin = time.monotonic()
+            answer = await plane.flush(timeout_s=0)
+            assert time.monotonic() - begin <= 0.2
+            assert (answer["success"], answer["status"]) == (False, "unavailable")
+            assert statuses(answer) == ["refused", "refused"]
+            assert all(row["message"].startswith("It was not told") for row in answer["ranks"])
+            assert fleet[0].commands == fleet[1].commands == []
+            store.goes_on.set()
+            assert (await plane.flush(timeout_s=1))["success"]
 
     run(scenario())
 
