@@ -171,10 +171,10 @@ def test_of_two_interrupted_flushes_one_that_cannot_be_ended_blocks_nothing() ->
     run(scenario())
 
 
-        store = MemoryStore()
-        fleet = ranks(1)
 def test_a_superseded_controller_decides_nothing_any_more() -> None:
     async def scenario() -> None:
+        store = MemoryStore()
+        fleet = ranks(1)
         async with control_plane(store) as old:
             await add(old, *fleet)
             async with control_plane(store, known=fleet) as new:
