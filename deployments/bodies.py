@@ -65,7 +65,10 @@ class Body(BaseModel):
     def _sort_out_foreign_fields(cls, content: Any, info: ValidationInfo) -> Any:
         if not isinstance(content, dict):
             return content
-        for name in content.keys() - cls.model_fields.keys():
+        # in the caller's order: which of two bad fields is named must not change from call to call
+        for name in content:
+            if name in cls.model_fields:
+                continue
             if name in cls.REFUSED:
                 _refuse_unless_neutral(name, content[name], *cls.REFUSED[name])
             elif name not in cls.TOLERATED:
@@ -141,12 +144,16 @@ def _path(error: ErrorDetails, body: dict[str, Any]) -> list[str]:
     """The field as the caller wrote it. pydantic's location also names branches of unions, which are no fields."""
     path: list[str] = []
     content: Any = body
+    is_found = False
     for part in error["loc"]:
+        is_found = False
         if isinstance(content, dict | list):
             with suppress(KeyError, IndexError, TypeError):
                 content = cast(Any, content)[part]
                 path.append(str(part))
-    if error["type"] == "missing":
+                is_found = True
+    # One that was sent as null is missing as well, and found.
+    if error["type"] == "missing" and not is_found:
         path.append(str(error["loc"][-1]))
     if error["type"] == _NAMED:
         path.append(error.get("ctx", {})["field"])

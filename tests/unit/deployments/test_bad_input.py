@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncGenerator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -77,6 +78,10 @@ OPENAI: list[tuple[str, dict[str, Any], int, str]] = [
     ("chat/completions", {"messages": []}, 400, "messages"),
     ("chat/completions", {"messages": "x"}, 400, "messages"),
     ("chat/completions", {"messages": [{"role": "user"}]}, 400, "messages.0.content"),
+    ("chat/completions", {"messages": [{"role": "user", "content": None}]}, 400, "messages.0.content"),
+    ("chat/completions", {"messages": None}, 400, "messages"),
+    ("completions", {"prompt": "x", "suffix": "y", "echo": True}, 400, "suffix"),
+    ("completions", {"echo": True, "suffix": "y", "prompt": "x"}, 400, "echo"),
     ("chat/completions", {"messages": [{"role": "king", "content": "x"}]}, 400, "messages.0.role"),
     (
         "chat/completions",
@@ -149,6 +154,8 @@ async def test_openai_routes_name_the_field(
     assert error["message"]
     assert len(response.text) < 600
     assert error["param"].startswith(field)
+    parts = error["param"].split(".")
+    assert all(one != other for one, other in pairwise(parts)), "a field is named once"
 
 
 @pytest.mark.parametrize(("route", "body", "status", "field"), NATIVE)
@@ -166,23 +173,26 @@ async def test_native_routes_name_the_field(
     assert error["param"].startswith(field)
 
 
-RAW: list[tuple[bytes, dict[str, str], int]] = [
-    (b'{"prompt": ', {}, 400),
-    (b"", {}, 400),
-    (b"[]", {}, 400),
-    (b'"x"', {}, 400),
-    (b"null", {}, 400),
-    (b'{"prompt": "x", "temperature": NaN}', {}, 400),
-    (b'{"prompt": "x", "temperature": 1e999}', {}, 400),
-    (b'{"prompt": "\xff"}', {}, 400),
-    (b'{"prompt": "\\ud800"}', {}, 400),
-    (b'{"prompt": "x", "a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", {}, 400),
-    (b'{"prompt": "x"}', {"content-type": "text/plain"}, 415),
-    (b'{"prompt": "x"}', {"content-type": "application/x-www-form-urlencoded"}, 415),
-    (b'{"prompt": "x"}', {"content-type": ""}, 415),
-    (b'{"prompt": "x"}', {"content-encoding": "gzip"}, 415),
-    (b'{"prompt": "' + b"x" * (2 << 20) + b'"}', {}, 413),
-    (b'{"prompt": "x"}', {"content-length": "99999999999"}, 413),
+#: bytes, headers, status, what is named
+RAW: list[tuple[bytes, dict[str, str], int, str]] = [
+    (b'{"prompt": ', {}, 400, "body"),
+    (b"", {}, 400, "body"),
+    (b"[]", {}, 400, "body"),
+    (b'"x"', {}, 400, "body"),
+    (b"null", {}, 400, "body"),
+    (b'{"prompt": "x", "temperature": NaN}', {}, 400, "temperature"),
+    (b'{"prompt": "x", "temperature": 1e999}', {}, 400, "temperature"),
+    (b'{"prompt": "x", "messages": [{"a": 1}, {"a": [0, -Infinity]}]}', {}, 400, "messages.1.a.1"),
+    (b'{"prompt": "x", "temperature": NaN, "stop": "' + b"x" * (1 << 17) + b'"}', {}, 400, "body"),
+    (b'{"prompt": "\xff"}', {}, 400, "body"),
+    (b'{"prompt": "\\ud800"}', {}, 400, "body"),
+    (b'{"prompt": "x", "a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", {}, 400, "body"),
+    (b'{"prompt": "x"}', {"content-type": "text/plain"}, 415, "content-type"),
+    (b'{"prompt": "x"}', {"content-type": "application/x-www-form-urlencoded"}, 415, "content-type"),
+    (b'{"prompt": "x"}', {"content-type": ""}, 415, "content-type"),
+    (b'{"prompt": "x"}', {"content-encoding": "gzip"}, 415, "content-encoding"),
+    (b'{"prompt": "' + b"x" * (2 << 20) + b'"}', {}, 413, "body"),
+    (b'{"prompt": "x"}', {"content-length": "99999999999"}, 413, "body"),
 ]
 
 
@@ -192,13 +202,14 @@ RAW: list[tuple[bytes, dict[str, str], int]] = [
 @scenario
 async def test_what_is_no_json_of_ours_is_a_4xx(demo: Demo, route: str) -> None:
     async with serving(demo) as server:
-        for content, headers, status in RAW:
+        for content, headers, status, named in RAW:
             response = await server.client.post(
                 route, content=content, headers={"content-type": "application/json"} | headers
             )
             assert response.status_code == status, (content[:60], response.text)
             assert response.headers["content-type"] == "application/json"
-            assert response.json()
+            answer = response.json()
+            assert answer.get("error", answer)["param"] == named, (content[:60], response.text)
         assert (await server.client.get("/health")).status_code == 200
 
 
