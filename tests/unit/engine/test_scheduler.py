@@ -462,14 +462,18 @@ def test_waiting_time_is_counted_from_the_arrival() -> None:
 def test_the_sampler_is_told_the_past_only_when_a_penalty_needs_it() -> None:
     rank = FakeRank()
     rank.submit("plain", [1, 2], max_new_tokens=2, ignore_eos=True, seed=5)
-    rank.submit("penalty", [3, 4], max_new_tokens=2, ignore_eos=True, presence_penalty=0.5)
+    rank.submit("presence", [3, 4], max_new_tokens=2, ignore_eos=True, presence_penalty=0.5)
+    rank.submit("repetition", [3, 4], max_new_tokens=2, ignore_eos=True, repetition_penalty=1.5)
     rank.finish()
-    plain, penalty = rank.runner.batches[1].samples
+    plain, presence, repetition = rank.runner.batches[1].samples
     assert (plain.seed, plain.num_generated, plain.prompt_tokens, plain.output_tokens) == (5, 1, None, None)
-    assert penalty.prompt_tokens is not None
-    assert penalty.output_tokens is not None
-    assert penalty.prompt_tokens.tolist() == [3, 4]
-    assert penalty.output_tokens.tolist() == rank.token_ids("penalty")[:1]
+    assert presence.prompt_tokens is None
+    assert presence.output_tokens is not None
+    assert presence.output_tokens.tolist() == rank.token_ids("presence")[:1]
+    assert repetition.prompt_tokens is not None
+    assert repetition.output_tokens is not None
+    assert repetition.prompt_tokens.tolist() == [3, 4]
+    assert repetition.output_tokens.tolist() == rank.token_ids("repetition")[:1]
 
 
 def test_a_request_without_a_seed_gets_the_same_one_in_every_run() -> None:
