@@ -119,7 +119,7 @@ class InfoRoutes:
             "loads": loads.rows,
         }
         if loads.message:
-            return JsonResponse(content | {"message": loads.message}, status_code=NoRank.http_status)
+            return JsonResponse(content | {"success": False, "message": loads.message}, status_code=NoRank.http_status)
         return JsonResponse(content)
 
     def _model_object(self) -> dict[str, Any]:

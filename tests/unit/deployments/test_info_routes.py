@@ -150,6 +150,8 @@ async def test_a_silent_rank_is_no_success(demo: Demo) -> None:
     assert "num_running_reqs" not in loads.json()["loads"][0]
     assert loads.json()["loads"][1]["num_running_reqs"] == 0
     assert loads.json()["message"] == "no answer from rank 0"
+    # by this word the command line tells an answer from an error, and shows the rows
+    assert loads.json()["success"] is False
     assert (other.status_code, nobody.status_code) == (200, 400)
     assert empty.json()["loads"] == []
 
