@@ -49,14 +49,12 @@ class EngineSettings(_Settings):
 
 
 class ControlSettings(_Settings):
-    """The control plane: flushes, leases, the log."""
+    """The control plane: flushes and their log."""
 
     #: largest timeout a caller may ask for
     max_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     #: least budget of modes that need the next step boundary (fence, retract, abort)
     step_grace_s: Annotated[float, Field(ge=0)] = 5.0
-    #: after this a rank out of contact with the controller serves uncached
-    lease_s: Annotated[float, Field(gt=0)] = 5.0
     #: the answer leaves the controller by the deadline plus this, whatever the ranks do
     answer_slack_s: Annotated[float, Field(gt=0)] = 0.05
     #: where the log lives: `directory` below the state directory, or the cluster's `gcs` key-value store
