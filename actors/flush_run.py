@@ -28,7 +28,13 @@ _FAILURES = {
     "fenced": 503,
     "expired": 503,
 }
-_LIVING = frozenset({"flushed", "fenced", "joined"})
+#: verdicts of ranks that serve; a flush of none of these was no flush
+LIVING_VERDICTS: frozenset[object] = frozenset({"flushed", "fenced", "joined"})
+
+
+def is_good_verdict(status: object, mode: object) -> bool:
+    """A flush of this mode can succeed with this verdict of a rank or tier; a fence suffices for mode fence alone."""
+    return status in GOOD_VERDICTS and (status != "fenced" or mode == "fence")
 
 
 @dataclass(slots=True)
@@ -147,21 +153,14 @@ class FlushRun:
 
     def _summary(self) -> tuple[str, str, int]:
         """Status, message and HTTP code of the whole."""
-        bad = [row for row in self._in_order() if not self._is_good(row)]
+        bad = [row for row in self._in_order() if not is_good_verdict(_status(row), self.request.mode)]
         if bad:
             statuses = {row.verdict.status for row in bad if row.verdict is not None}
             worst = next(status for status in _FAILURES if status in statuses)
             return worst, self._complaint(bad), _FAILURES[worst]
-        if not any(self._lives(row) for row in self._rows.values()):
+        if not any(_status(row) in LIVING_VERDICTS and not row.is_gone for row in self._rows.values()):
             return "no_ranks", "no rank is left: nothing was flushed because nothing serves", 503
         return "flushed", "Dry run: nothing was flushed." if self.request.dry_run else "Cache flushed.", 200
-
-    def _is_good(self, row: _Row) -> bool:
-        status = row.verdict.status if row.verdict is not None else "unreachable"
-        return status in GOOD_VERDICTS and (status != "fenced" or self.request.mode == "fence")
-
-    def _lives(self, row: _Row) -> bool:
-        return row.verdict is not None and row.verdict.status in _LIVING and not row.is_gone
 
     def _complaint(self, bad: list[_Row]) -> str:
         """The ranks' own words; exactly theirs if they all say the same."""
@@ -214,6 +213,10 @@ def flush_answer(
         "host_tiers": [],
         "untouched_tiers": untouched_tiers or [],
     }
+
+
+def _status(row: _Row) -> str:
+    return row.verdict.status if row.verdict is not None else "unreachable"
 
 
 def _plain_row(record: RankRecord, verdict: FlushVerdict) -> dict[str, Any]:
