@@ -178,6 +178,7 @@ class FlushDesk:
 
     def _begin(self, run: FlushRun, index: int, deadline_s: float) -> None:
         """The intent is stored: from here on ranks are told, those too that register meanwhile."""
+        run.index = index
         if run.takes_epoch:
             run.epoch = self._state.epoch = index
             self._metrics.epoch(index)
@@ -220,6 +221,7 @@ class FlushDesk:
             timeout_s=request.timeout_s,
             scope=request.scope,
             dry_run=request.dry_run,
+            index=run.index,
         )
 
     def _note_progress(self, run: FlushRun) -> None:

@@ -57,6 +57,8 @@ class FlushRun:
         self.started_at = started_at
         #: by the controller's clock
         self.started_s = started_s
+        #: log index of the intent; 0 until it is stored
+        self.index = 0
         #: epoch the ranks swap to; 0 until it is stored
         self.epoch = 0
         #: the flush allotted an epoch of its own

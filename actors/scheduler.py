@@ -161,17 +161,20 @@ class SchedulerActor:
         finally:
             deadline.cancel()
 
-    async def close_flush(self, flush_id: str, term: int) -> FlushVerdict:
+    async def close_flush(self, flush_id: str, index: int, term: int) -> FlushVerdict:
         """For a controller that took over: what became of a flush of an earlier term. It will not happen later.
+
+        index: of its intent in the control log.
 
         Ends it if it has not begun. One that this rank never heard of stays impossible: its term is over.
         """
         engine = self._engine.loop
         engine.see_term(term)
-        begun = engine.open_flush(flush_id)
-        if begun is not None and engine.cancel_flush(flush_id) is None:
+        key = (flush_id, index)
+        begun = engine.open_flush(key)
+        if begun is not None and engine.cancel_flush(key) is None:
             return await asyncio.wrap_future(begun.ended)
-        known = engine.flush_verdict(flush_id)
+        known = engine.flush_verdict(key)
         epoch = engine.snapshot().epoch
         return known or FlushVerdict(flush_id, "refused", "This rank never heard of this flush.", epoch=epoch)
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
+
+#: flush id and log index of its intent: what makes a flush the same one
+FlushKey: TypeAlias = tuple[str, int]
 
 FlushMode = Literal["wait", "drain", "retract", "abort", "fence"]
 FLUSH_MODES: tuple[FlushMode, ...] = ("wait", "drain", "retract", "abort", "fence")
@@ -52,6 +55,13 @@ class FlushCommand:
     timeout_s: float = 0.0
     scope: FlushScope | None = None
     dry_run: bool = False
+    #: of the intent in the control log; 0 for a flush that no log knows. The id is the caller's and may come again
+    #: with another intent, a day later; id and index together are one flush
+    index: int = 0
+
+    @property
+    def key(self) -> FlushKey:
+        return self.flush_id, self.index
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The gate every flush of a rank passes: one pending flush, one end, one verdict per flush id.
+"""The gate every flush of a rank passes: one pending flush, one end, one verdict per flush.
 
 Two threads meet here. The control loop offers, expires and cancels; the engine thread claims and ends. Who ends a
 flush is decided by its `Claim` alone; the gate's lock only guards the slot and the memory of verdicts, and nothing
@@ -21,6 +21,7 @@ from engine.flush import (
     Blockers,
     Claim,
     FlushCommand,
+    FlushKey,
     FlushMode,
     FlushVerdict,
     Verdict,
@@ -128,7 +129,7 @@ def _same_flush(one: FlushCommand, other: FlushCommand) -> bool:
 
 
 class FlushGate:
-    """One optional slot, never a queue, and the last verdicts by flush id. Every method may be called by any thread."""
+    """One optional slot, never a queue, and the last verdicts. Every method may be called by any thread."""
 
     def __init__(self, on_end: Callable[[PendingFlush, FlushVerdict], None] = lambda pending, verdict: None) -> None:
         """`on_end` is called once per flush taken in, by the thread that ended it, after `ended` was resolved."""
@@ -137,9 +138,9 @@ class FlushGate:
         #: the flush that waits for its instant; free as soon as its claim has left `pending`
         self._slot: PendingFlush | None = None
         #: taken in and without a verdict yet; more than one only while a predecessor's verdict is being written
-        self._live: dict[str, PendingFlush] = {}
+        self._live: dict[FlushKey, PendingFlush] = {}
         #: oldest first, at most NUM_REMEMBERED_VERDICTS
-        self._verdicts: OrderedDict[str, tuple[FlushCommand, FlushVerdict]] = OrderedDict()
+        self._verdicts: OrderedDict[FlushKey, tuple[FlushCommand, FlushVerdict]] = OrderedDict()
         #: highest term seen; commands of lower ones come from a controller that was superseded
         self._term = 0
         self._closed_because: str | None = None
@@ -150,16 +151,16 @@ class FlushGate:
         slot = self._slot
         return slot if slot is not None and slot.claim.state == "pending" else None
 
-    def verdict_of(self, flush_id: str) -> FlushVerdict | None:
+    def verdict_of(self, key: FlushKey) -> FlushVerdict | None:
         """What was answered about a flush, if it is among the last ones."""
         with self._lock:
-            known = self._verdicts.get(flush_id)
+            known = self._verdicts.get(key)
         return known[1] if known else None
 
-    def open_flush(self, flush_id: str) -> PendingFlush | None:
+    def open_flush(self, key: FlushKey) -> PendingFlush | None:
         """A flush that was taken in and has no verdict yet: it waits, or its verdict is being written."""
         with self._lock:
-            return self._live.get(flush_id)
+            return self._live.get(key)
 
     def see_term(self, term: int) -> None:
         """A controller of this term has spoken, in whatever matter."""
@@ -186,7 +187,7 @@ class FlushGate:
                 if not gives_way(rival.command, command):
                     return self._remember(pending, pending.verdict("busy", now_s, snapshot.epoch, ALREADY_IN_PROGRESS))
                 superseded = rival if rival.claim.try_expire() else None
-            self._slot = self._live[command.flush_id] = pending
+            self._slot = self._live[command.key] = pending
         if superseded is not None:
             reason = f"Gave way to {command.mode} flush {command.flush_id}."
             self.end(superseded, superseded.verdict("superseded", now_s, snapshot.epoch, reason))
@@ -195,7 +196,7 @@ class FlushGate:
     def end(self, pending: PendingFlush, verdict: FlushVerdict) -> None:
         """Record the verdict and tell everyone who waits. Only the winner of the claim may call this, once."""
         with self._lock:
-            self._live.pop(pending.command.flush_id, None)
+            self._live.pop(pending.command.key, None)
             if self._slot is pending:
                 self._slot = None
             self._remember(pending, verdict)
@@ -213,10 +214,10 @@ class FlushGate:
         self.end(pending, verdict)
         return verdict
 
-    def cancel(self, flush_id: str, now_s: float, snapshot: EngineSnapshot) -> FlushVerdict | None:
-        """End a flush that has not begun. None if there is none of this id, or it has begun."""
+    def cancel(self, key: FlushKey, now_s: float, snapshot: EngineSnapshot) -> FlushVerdict | None:
+        """End a flush that has not begun. None if it is not here, or it has begun."""
         pending = self.pending
-        if pending is None or pending.command.flush_id != flush_id or not pending.claim.try_expire():
+        if pending is None or pending.command.key != key or not pending.claim.try_expire():
             return None
         verdict = pending.verdict("refused", now_s, snapshot.epoch, "Cancelled before it began.")
         self.end(pending, verdict)
@@ -269,12 +270,12 @@ class FlushGate:
         return None
 
     def _repeat(self, command: FlushCommand) -> tuple[FlushCommand, PendingFlush | FlushVerdict] | None:
-        live = self._live.get(command.flush_id)
-        return (live.command, live) if live is not None else self._verdicts.get(command.flush_id)
+        live = self._live.get(command.key)
+        return (live.command, live) if live is not None else self._verdicts.get(command.key)
 
     def _remember(self, pending: PendingFlush, verdict: FlushVerdict) -> FlushVerdict:
         """The caller holds the lock."""
-        self._verdicts[pending.command.flush_id] = (pending.command, verdict)
+        self._verdicts[pending.command.key] = (pending.command, verdict)
         while len(self._verdicts) > NUM_REMEMBERED_VERDICTS:
             self._verdicts.popitem(last=False)
         return verdict

@@ -32,7 +32,7 @@ from engine.events import (
     StepFinished,
     TurnStarted,
 )
-from engine.flush import FlushCommand, FlushVerdict
+from engine.flush import FlushCommand, FlushKey, FlushVerdict
 from engine.flush_gate import FlushGate, PendingFlush
 from engine.generation import Collector, Generation
 from engine.request import Output, Request
@@ -131,17 +131,17 @@ class EngineLoop:
         """Its deadline has passed: end it now, whatever step runs. None: the engine won, `pending.ended` tells."""
         return self._gate.expire(pending, self._clock(), self._snapshot)
 
-    def cancel_flush(self, flush_id: str) -> FlushVerdict | None:
-        """End a flush that has not begun. None: there is none of this id, or it has begun."""
-        return self._gate.cancel(flush_id, self._clock(), self._snapshot)
+    def cancel_flush(self, key: FlushKey) -> FlushVerdict | None:
+        """End a flush that has not begun. None: it is not here, or it has begun."""
+        return self._gate.cancel(key, self._clock(), self._snapshot)
 
-    def open_flush(self, flush_id: str) -> PendingFlush | None:
+    def open_flush(self, key: FlushKey) -> PendingFlush | None:
         """A flush that was taken in and has no verdict yet."""
-        return self._gate.open_flush(flush_id)
+        return self._gate.open_flush(key)
 
-    def flush_verdict(self, flush_id: str) -> FlushVerdict | None:
+    def flush_verdict(self, key: FlushKey) -> FlushVerdict | None:
         """What was answered about one of the last flushes."""
-        return self._gate.verdict_of(flush_id)
+        return self._gate.verdict_of(key)
 
     def see_term(self, term: int) -> None:
         """A controller of this term has spoken; flushes of lower terms are refused from now on."""

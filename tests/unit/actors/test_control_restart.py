@@ -144,7 +144,9 @@ def test_an_interrupted_flush_is_closed_by_asking_the_ranks() -> None:
             assert statuses(answer) == ["flushed", "flushed"]
             assert answer["epoch"] == fleet[0].commands[0].epoch
             term = (await plane.hello())["term"]
-            assert fleet[0].closed == fleet[1].closed == [("cut", term)]
+            index = fleet[0].commands[0].index
+            assert index == answer["epoch"]
+            assert fleet[0].closed == fleet[1].closed == [("cut", index, term)]
         async with control_plane(store, known=fleet) as plane:
             assert (await plane.flush_status("cut"))["success"]
             assert len(fleet[0].closed) == 1

@@ -255,9 +255,9 @@ def test_other_threads_can_cancel_and_re_read() -> None:
     rank.submit("r", PROMPT, max_new_tokens=9, ignore_eos=True)
     rank.turn()
     assert isinstance(rank.loop.offer_flush(flush_command("f")), PendingFlush)
-    verdict = rank.loop.cancel_flush("f")
+    verdict = rank.loop.cancel_flush(("f", 0))
     assert verdict is not None
-    assert rank.loop.flush_verdict("f") == verdict
+    assert rank.loop.flush_verdict(("f", 0)) == verdict
     rank.loop.see_term(9)
     late = rank.loop.offer_flush(flush_command("g", term=8))
     assert isinstance(late, FlushVerdict)
