@@ -43,7 +43,7 @@ DEFAULT_NEW_TOKENS = 128
 #: texts, or lists of ids, that /tokenize and /detokenize take at once
 MAX_TEXTS = 2048
 
-NumTopLogprobs = Annotated[int, Field(ge=0, le=128)]
+NumTopLogprobs = Annotated[int, Field(ge=0, le=20)]
 
 
 class SamplingBody(Body):

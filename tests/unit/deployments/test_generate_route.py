@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+from deployments.http import native_shapes
+from deployments.logprobs import native_logprobs
+from deployments.tokenizer import Tokenizer
+from engine.request import TokenLogprobs
 from tests.unit.deployments.api_server import Demo, Server, scenario, serving, until
 from tests.unit.deployments.asgi_client import sse_events
 
@@ -107,6 +111,31 @@ async def test_logprobs_are_triples_and_the_greedy_token_is_the_likeliest(demo: 
         assert [logprob, token_id, text] == tops[0]
         assert len(tops) == 3
     assert {triple[2] for triple in bare["output_token_logprobs"]} == {None}
+
+
+@scenario
+async def test_a_stream_writes_every_logprob_once(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_written = 0
+
+    def counting(token_ids: list[int], logprobs: list[TokenLogprobs], tokenizer: Tokenizer | None) -> Any:
+        nonlocal num_written
+        num_written += len(token_ids)
+        return native_logprobs(token_ids, logprobs, tokenizer)
+
+    monkeypatch.setattr(native_shapes, "native_logprobs", counting)
+    body = {"text": "x", "sampling_params": GREEDY, "return_logprob": True, "top_logprobs_num": 3}
+    async with serving(demo) as server:
+        events = sse_events((await server.post("/generate", body | {"stream": True})).text)
+        num_streamed = num_written
+        whole = await generate(server, **body)
+    assert num_streamed == 12
+    metas = [event["meta_info"] for event in events]
+    assert [len(meta["output_token_logprobs"]) for meta in metas] == list(range(1, 13))
+    assert all(
+        len(event["output_ids"]) == len(meta["output_top_logprobs"]) for event, meta in zip(events, metas, strict=True)
+    )
+    assert [triple[1] for triple in metas[-1]["output_token_logprobs"]] == whole["output_ids"]
+    assert metas[-1]["output_top_logprobs"][0][0] == metas[0]["output_token_logprobs"][0]
 
 
 @pytest.mark.parametrize("keep", [False, True])
