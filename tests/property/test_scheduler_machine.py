@@ -314,7 +314,7 @@ MUST_HAPPEN = (
     *("retractions", "chunks", "cached tokens", "evicted pages", "failed steps", "floor swaps", "uncached admissions"),
     *("ended with stop", "ended with length", "ended with abort", "ended with error", "publishes refused for taint"),
     *(f"{mode} flushed" for mode in FLUSH_MODES),
-    *("wait timed_out", "drain timed_out", "wait superseded", "busy", "refused", "expired_command"),
+    *("wait timed_out", "drain timed_out", "wait superseded", "busy", "refused"),
 )
 
 
