@@ -30,8 +30,8 @@ from engine.snapshot import EngineSnapshot
 
 #: modes that end within one engine step, busy or not
 STEP_MODES: frozenset[FlushMode] = frozenset({"retract", "abort", "fence"})
-#: `timeout_s=0` means now or refuse; "now" still has to reach an engine thread that sleeps. Same as the slack the
-#: controller answers within (configs: control.answer_slack_s).
+#: "now" still has to reach an engine thread that sleeps: on an idle engine no timeout is shorter than this. Same as
+#: the slack the controller answers within (configs: control.answer_slack_s).
 NOW_GRACE_S = 0.05
 TIMED_OUT_STEP = "Timed out waiting for the next step boundary."
 NUM_REMEMBERED_VERDICTS = 256
@@ -177,7 +177,7 @@ class FlushGate:
         `valid_until_s` are of this process's clock; late commands are answered `expired_command`, never executed.
         """
         superseded: PendingFlush | None = None
-        pending = self._arrival(command, now_s, valid_until_s)
+        pending = self._arrival(command, now_s, valid_until_s, is_idle=snapshot.is_idle)
         with self._lock:
             known = self._known_answer(pending, now_s, snapshot.epoch)
             if known is not None:
@@ -242,9 +242,11 @@ class FlushGate:
         if pending is not None and pending.claim.try_expire():
             self.end(pending, pending.verdict("refused", now_s, snapshot.epoch, reason))
 
-    def _arrival(self, command: FlushCommand, now_s: float, valid_until_s: float) -> PendingFlush:
+    def _arrival(self, command: FlushCommand, now_s: float, valid_until_s: float, *, is_idle: bool) -> PendingFlush:
         pending = PendingFlush(command, now_s, now_s)
-        budget_s = max(command.budget_s, NOW_GRACE_S) if pending.is_now_or_never else command.budget_s
+        is_short = command.timeout_s < NOW_GRACE_S and command.mode not in STEP_MODES
+        has_grace = pending.is_now_or_never or (is_short and is_idle)
+        budget_s = max(command.budget_s, NOW_GRACE_S) if has_grace else command.budget_s
         return PendingFlush(command, now_s, min(now_s + budget_s, valid_until_s))
 
     def _known_answer(self, pending: PendingFlush, now_s: float, epoch: int) -> PendingFlush | FlushVerdict | None:

@@ -191,6 +191,19 @@ def test_timeout_zero_has_a_moment_to_reach_a_sleeping_engine() -> None:
     assert pending.deadline_s == 10.0 + NOW_GRACE_S
 
 
+@pytest.mark.parametrize("mode", ["wait", "drain"])
+def test_a_timeout_below_the_grace_is_no_shorter_than_zero_on_an_idle_engine(mode: FlushMode) -> None:
+    pending = FlushGate().offer(flush_command(mode=mode, budget_s=0.0, timeout_s=1e-9), 10.0, IDLE)
+    assert isinstance(pending, PendingFlush)
+    assert pending.deadline_s == 10.0 + NOW_GRACE_S
+
+
+def test_a_short_timeout_is_kept_by_a_busy_engine() -> None:
+    pending = FlushGate().offer(flush_command(budget_s=0.003), 10.0, BUSY)
+    assert isinstance(pending, PendingFlush)
+    assert pending.deadline_s == 10.003
+
+
 def test_timeout_zero_ends_refused_when_the_engine_does_not_wake_up() -> None:
     gate = FlushGate()
     pending = gate.offer(flush_command(budget_s=0.0), 10.0, IDLE)
