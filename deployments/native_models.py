@@ -55,8 +55,9 @@ class SamplingBody(Body):
         "stop_regex": (OFF, "stop expressions are not offered; use stop"),
         "custom_params": (OFF, "custom code in requests is not offered"),
         "beam_width": ((None, 1), "beam search is not offered"),
+        "spaces_between_special_tokens": ((None, True), "text is shown as the tokenizer writes it"),
     }
-    TOLERATED = frozenset({"spaces_between_special_tokens", "stream_interval"})
+    TOLERATED = frozenset({"stream_interval"})
 
     max_new_tokens: NumTokens | None = None
     min_new_tokens: NumTokensOrNone = 0

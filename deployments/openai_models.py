@@ -45,8 +45,12 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 
 class StreamOptions(Body):
+    REFUSED: ClassVar[dict[str, tuple[Neutral, str]]] = {
+        "continuous_usage_stats": (OFF, "usage comes once, in the last chunk"),
+    }
+    TOLERATED = frozenset({"include_obfuscation"})
+
     include_usage: bool = False
-    TOLERATED = frozenset({"include_obfuscation", "continuous_usage_stats"})
 
 
 class OpenAIBody(Body):
@@ -76,13 +80,15 @@ class OpenAIBody(Body):
         "logits_processors": (OFF, "custom code in requests is not offered"),
         "priority": ((None, 0), "priorities are not offered"),
         "stop_regex": (OFF, "stop expressions are not offered; use stop"),
+        "spaces_between_special_tokens": ((None, True), "text is shown as the tokenizer writes it"),
+        "truncate_prompt_tokens": ((None,), "prompts are not cut"),
+        "return_cached_tokens_details": (OFF, "usage names cached tokens as one number; /generate has the details"),
     }
     TOLERATED = frozenset(
         {
             "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
             "prompt_cache_retention", "parallel_tool_calls", "separate_reasoning", "stream_reasoning",
-            "spaces_between_special_tokens", "truncate_prompt_tokens", "bootstrap_host", "bootstrap_port",
-            "bootstrap_room", "return_routed_experts", "return_cached_tokens_details",
+            "bootstrap_host", "bootstrap_port", "bootstrap_room", "return_routed_experts",
         }
     )  # fmt: skip
 
@@ -174,6 +180,11 @@ class Message(Body):
     name: Annotated[str, Field(max_length=64)] | None = None
 
     @property
+    def for_template(self) -> dict[str, str]:
+        """As chat templates read it."""
+        return {"role": self.role, "content": self.text} | ({} if self.name is None else {"name": self.name})
+
+    @property
     def text(self) -> str:
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
@@ -187,7 +198,7 @@ class ChatBody(OpenAIBody):
         "chat_template": (OFF, "the model's own chat template is used"),
         "documents": (OFF, "documents are not offered"),
     }
-    TOLERATED = OpenAIBody.TOLERATED | {"reasoning_effort", "verbosity", "add_generation_prompt"}
+    TOLERATED = OpenAIBody.TOLERATED | {"reasoning_effort", "verbosity"}
 
     #: 8,192: checking as many takes 50 ms, in which no other stream moves
     messages: Annotated[list[Message], Field(min_length=1, max_length=8192, fail_fast=True)]
@@ -195,6 +206,8 @@ class ChatBody(OpenAIBody):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     continue_final_message: bool = False
+    #: the opposite of `continue_final_message`; clients that set one set both
+    add_generation_prompt: bool | None = None
     #: variables of the model's own template, such as `enable_thinking`
     chat_template_kwargs: dict[str, str | bool | int | float | None] | None = None
 
@@ -202,6 +215,12 @@ class ChatBody(OpenAIBody):
     def _top_logprobs_need_logprobs(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise field_error("top_logprobs", "it is only allowed together with logprobs: true")
+        return self
+
+    @model_validator(mode="after")
+    def _a_turn_is_begun_or_continued(self) -> Self:
+        if self.add_generation_prompt is self.continue_final_message:
+            raise field_error("add_generation_prompt", "it must be the opposite of continue_final_message")
         return self
 
     @property
