@@ -5,6 +5,8 @@ OpenAI's routes and SGLang's native one name and default them differently; the r
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -67,8 +69,15 @@ def seed_in_range(seed: int | None) -> int | None:
 
 
 def seed_of_choice(seed: int | None, choice: int) -> int | None:
-    """Choices of one request differ, and differ in the same way when the request is repeated."""
-    return None if seed is None else (seed + choice) % (1 << 63)
+    """Choices of one request differ, and differ in the same way when the request is repeated.
+
+    The first has the seed itself. The others are hashed: with seed + choice, a request's second choice would be the
+    first one of whoever took the next seed.
+    """
+    if seed is None or choice == 0:
+        return seed
+    digest = hashlib.blake2b(struct.pack("<QI", seed, choice), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % (1 << 63)
 
 
 def bias_pairs(bias: dict[str, float] | None) -> tuple[tuple[int, float], ...]:

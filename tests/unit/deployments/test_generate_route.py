@@ -10,6 +10,7 @@ import pytest
 
 from deployments.http import native_shapes
 from deployments.logprobs import native_logprobs
+from deployments.sampling_fields import seed_of_choice
 from deployments.tokenizer import Tokenizer
 from engine.request import TokenLogprobs
 from tests.unit.deployments.api_server import Demo, Server, scenario, serving, until
@@ -178,6 +179,14 @@ async def test_the_same_seed_gives_the_same_tokens_and_choices_differ(demo: Demo
         second = await generate(server, text="Chance", sampling_params=sampling)
     assert [a["output_ids"] for a in first] == [a["output_ids"] for a in second]
     assert len({tuple(a["output_ids"]) for a in first}) == 3
+
+
+def test_choices_of_neighbouring_seeds_have_no_seed_in_common() -> None:
+    seeds = [seed_of_choice(seed, choice) for seed in (*range(50), (1 << 63) - 1) for choice in range(20)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(seed is not None and 0 <= seed < 1 << 63 for seed in seeds)
+    assert [seed_of_choice(7, 0), seed_of_choice(None, 3)] == [7, None]
+    assert seed_of_choice(7, 1) == seed_of_choice(7, 1)
 
 
 @scenario
