@@ -103,7 +103,9 @@ class Roster:
         hold = sequence.leave()
         if may_publish:
             self.publish(sequence, hold, num_computed, now_s)
-        self._cache.close(hold)
+        # A cache that began anew has closed it already.
+        if not hold.is_closed:
+            self._cache.close(hold)
         self.running.remove(sequence)
 
     def publish(self, sequence: Sequence, hold: PageHold, num_computed: int, now_s: float) -> None:

@@ -273,12 +273,13 @@ class Scheduler:
             self._roster.finish(row.sequence, "error", message, now_s)
 
     def _check_cache(self, now_s: float) -> list[Command]:
-        """A violation empties the cache (whatever is wrong with it, nothing will match it) and is never fatal."""
+        """A violation is never fatal: the cache begins anew, whoever ran computes again, in pages that are his own."""
         violations = self._cache.sanity_check()
         if not violations:
             return []
         self._counters.num_violations += len(violations)
-        self._cache.swap(self._cache.epoch)
-        self._has_litter = True
+        self._cache.begin_anew()
+        for sequence in reversed(self.running):
+            self._roster.retract(sequence, now_s, may_publish=False)
         self._story.tell(now_s, "", f"cache emptied after {len(violations)} violations: {violations[0]}")
         return [CacheSuspect(violations)]

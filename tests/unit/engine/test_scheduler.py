@@ -486,6 +486,25 @@ def test_a_request_without_a_seed_gets_the_same_one_in_every_run() -> None:
     assert seeds[0] == seeds[1]
 
 
+@pytest.mark.parametrize("fault", ["a page in two holds", "a page that does not exist"])
+def test_after_a_violation_nobody_owns_a_page_of_before(fault: str) -> None:
+    rank = FakeRank(page_size=4)
+    requests = [rank.submit(f"r{n}", [n + 1] * 9, max_new_tokens=12, ignore_eos=True) for n in range(3)]
+    rank.turn(3)
+    first, second, _ = [sequence.hold for sequence in rank.scheduler.running]
+    assert first is not None
+    assert second is not None
+    stray = int(first.page_table[-1]) if fault == "a page in two holds" else rank.cache.num_pages + 7
+    second.page_table = np.append(second.page_table[:-1], np.int32(stray))
+    (suspect,) = rank.scheduler.handle(CheckDue(), rank.clock.now_s)
+    assert suspect.violations  # pyright: ignore[reportAttributeAccessIssue]
+    assert rank.cache.sanity_check() == []
+    rank.finish()
+    assert_as_foretold(rank, *requests)
+    assert all_pages_are_back(rank)
+    assert rank.cache.sanity_check() == []
+
+
 def test_a_violation_empties_the_cache_and_is_never_fatal() -> None:
     rank = FakeRank()
     rank.submit("r", PROMPT, max_new_tokens=2)
