@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from configs.errors import ConfigError
 from configs.resolve import GIB, kv_memory_bytes
 from configs.schema import EngineSettings, Settings
 from engine.control_words import ReadWords
+from engine.garbage import calm_collector
 from engine.limits import SchedulerLimits
 from engine.loop import EngineLoop, OnFlush, OnOutputs
 from engine.scheduler import Scheduler
@@ -79,8 +79,7 @@ def load_engine(settings: Settings, hooks: EngineHooks) -> RankEngine:
         on_flush=hooks.on_flush,
         sanity_check_s=engine.sanity_check_s,
     )
-    gc.collect()
-    gc.freeze()
+    calm_collector()
     pages = f"{num_pages} pages of {engine.page_size} tokens"
     log.info("loaded %s: %d parameters, %s", facts.name, facts.num_parameters, pages)
     return RankEngine(
