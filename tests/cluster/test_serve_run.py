@@ -76,4 +76,4 @@ def test_the_shipped_config_serves_flushes_and_ends(tiny_model: Path, short_home
         os.kill(process.pid, signal.SIGINT)
         assert process.wait(timeout=60) == 0, server.log
         until(lambda: not marked_processes(server.mark), 30, f"nothing left: {marked_processes(server.mark)}")
-        assert not [path for path in server.state_dir.rglob("*") if path.is_socket()]
+        assert server.leftovers() == []
