@@ -32,9 +32,9 @@ log = logging.getLogger(__name__)
 # Nobody waits for the outcome of a flush that was cut short; a store that is slow at start may take its time.
 _CLOSE_STORE_S = 10.0
 # Of the answer's slack all but a tenth may be waited for: by the intent, then the verdicts, which leave the ranks at
-# the deadline, then the outcome. Of what the intent has left over the verdicts may use one half.
+# the deadline, then the outcome. Of what the intent has left over the verdicts may use a little more than half.
 _WAIT_SHARE = 0.9
-_COLLECT_SHARE = 0.5
+_COLLECT_SHARE = 0.55
 
 
 @dataclass(frozen=True, slots=True)
