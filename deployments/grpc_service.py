@@ -6,11 +6,9 @@ a traceback, a pid or a path.
 
 from __future__ import annotations
 
-import hashlib
-import io
+import asyncio
 import json
 import logging
-import zipfile
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -32,17 +30,13 @@ from deployments.load_rows import LOAD_SECTIONS, loads_of
 from deployments.native_jobs import native_jobs
 from deployments.protos import RPCS, common, scheduler
 from deployments.sequences import Answer, collected
+from deployments.tokenizer_archive import tokenizer_archive
 
 log = logging.getLogger(__name__)
 
 #: left of the caller's deadline for the answer to travel back
 _WAY_BACK_S = 0.05
 _TOKENIZER_CHUNK_BYTES = 64 * 1024
-#: what a gateway needs to build the tokenizer; weights are none of its business
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "config.json", "generation_config.json",
-)  # fmt: skip
 
 
 class DeadlinePassed(ServiceError):
@@ -209,22 +203,11 @@ class GrpcService:
 
     async def get_tokenizer(self, request: common.GetTokenizerRequest, call: Call) -> AsyncGenerator[Message, None]:
         """The tokenizer's files as one zip, in chunks; the last one carries the digest of the whole."""
-        archive = self._tokenizer_zip()
-        digest = hashlib.sha256(archive).hexdigest()
+        archive, digest = await asyncio.to_thread(tokenizer_archive, self.core.tokenizer.directory)
         for begin in range(0, len(archive), _TOKENIZER_CHUNK_BYTES):
             data = archive[begin : begin + _TOKENIZER_CHUNK_BYTES]
             is_last = begin + len(data) == len(archive)
             yield common.GetTokenizerChunk(data=data, sha256=digest if is_last else "")
-
-    def _tokenizer_zip(self) -> bytes:
-        """The same bytes for the same files: entries carry no time of their own."""
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name in _TOKENIZER_FILES:
-                path = self.core.tokenizer.directory / name
-                if path.is_file():
-                    archive.writestr(zipfile.ZipInfo(name), path.read_bytes(), zipfile.ZIP_DEFLATED)
-        return buffer.getvalue()
 
 
 def _not_offered(name: str) -> NotOffered:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 import io
+import threading
 import zipfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,10 +17,12 @@ from typing import Any
 import pytest
 
 from configs.errors import ConfigError
+from deployments import grpc_service
 from deployments.auth import Keys
 from deployments.grpc_server import GrpcServer
 from deployments.grpc_service import GrpcService, status_of
 from deployments.protos import RPCS
+from deployments.tokenizer_archive import tokenizer_archive
 from engine.flush import ALREADY_IN_PROGRESS, TIMED_OUT_WAITING
 from tests.unit.deployments.api_server import Demo, Server, scenario, serving, until
 from tests.unit.deployments.grpc_client import Client, grpc_client
@@ -343,3 +346,23 @@ def test_an_unexpected_error_tells_nothing_of_the_server() -> None:
     assert code.name == "INTERNAL"
     assert "secret" not in text
     assert "4711" not in text
+
+
+@scenario
+async def test_the_tokenizer_is_packed_once_and_in_a_thread(
+    demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+
+    def noting(directory: Path) -> tuple[bytes, str]:
+        threads.append(threading.get_ident())
+        return tokenizer_archive(directory)
+
+    tokenizer_archive.cache_clear()
+    monkeypatch.setattr(grpc_service, "tokenizer_archive", noting)
+    async with grpc_door(demo, tmp_path) as door:
+        first, second = [await door.client.call("GetTokenizer") for _ in range(2)]
+    assert first.messages == second.messages
+    assert tokenizer_archive.cache_info().misses == 1
+    assert len(threads) == 2
+    assert threading.get_ident() not in threads
