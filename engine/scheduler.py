@@ -223,7 +223,7 @@ class Scheduler:
 
     def _admitted_rows(self, budget: int, now_s: float) -> Iterator[Row]:
         """Admit from the front of the queue while tokens, places and pages last."""
-        while budget and (sequence := self._roster.try_admit_head(now_s)) is not None:
+        while budget and (sequence := self._roster.try_admit_next(now_s)) is not None:
             row = Row(sequence, min(sequence.num_remaining, budget))
             budget -= row.num_new
             yield row

@@ -144,6 +144,18 @@ def test_equal_prompts_that_come_together_are_prefilled_once() -> None:
     assert counters.num_prefill_tokens <= 37 + 3
 
 
+def test_who_waits_for_a_running_prefill_does_not_hold_up_those_behind_it() -> None:
+    rank = FakeRank(page_size=4)
+    first = rank.submit("first", PROMPT, max_new_tokens=4)
+    alike = [rank.submit(f"alike{n}", [*PROMPT, n], max_new_tokens=4) for n in range(3)]
+    other = rank.submit("other", [50, 51, 52], max_new_tokens=2, ignore_eos=True)
+    rank.turn()
+    assert list(rank.answers) == ["first", "other"], "it needed nothing of the first prompt"
+    rank.finish()
+    assert_as_foretold(rank, first, *alike, other)
+    assert rank.loop.snapshot().counters.num_cached_tokens == 3 * 12, "who waited for the prefill found it whole"
+
+
 def test_nobody_waits_for_a_prefix_that_will_never_be_published() -> None:
     for cache, words in (
         (DeviceCache(64, 4, enabled=False), ALWAYS_VALID),
