@@ -15,6 +15,8 @@ FlushKey: TypeAlias = tuple[str, int]
 
 FlushMode = Literal["wait", "drain", "retract", "abort", "fence"]
 FLUSH_MODES: tuple[FlushMode, ...] = ("wait", "drain", "retract", "abort", "fence")
+#: modes that end within one engine step, busy or not; their budget is at least the grace for one step
+STEP_MODES: frozenset[FlushMode] = frozenset({"retract", "abort", "fence"})
 
 #: what one incarnation (or host tier) answers about one flush; protocol.md section 6
 Verdict = Literal[

@@ -17,19 +17,17 @@ from threading import Lock
 
 from engine.flush import (
     ALREADY_IN_PROGRESS,
+    STEP_MODES,
     TIMED_OUT_WAITING,
     Blockers,
     Claim,
     FlushCommand,
     FlushKey,
-    FlushMode,
     FlushVerdict,
     Verdict,
 )
 from engine.snapshot import EngineSnapshot
 
-#: modes that end within one engine step, busy or not
-STEP_MODES: frozenset[FlushMode] = frozenset({"retract", "abort", "fence"})
 #: "now" still has to reach an engine thread that sleeps: on an idle engine no timeout is shorter than this. Same as
 #: the slack the controller answers within (configs: control.answer_slack_s).
 NOW_GRACE_S = 0.05

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from engine.flush import Blockers, FlushCommand, FlushScope
-from engine.flush_gate import STEP_MODES, PendingFlush
+from engine.flush import STEP_MODES, Blockers, FlushCommand, FlushScope
+from engine.flush_gate import PendingFlush
 from engine.sequence import Sequence
 
 #: tiers a rank holds itself; a flush that names none of them has nothing to do here

@@ -10,8 +10,16 @@ import pytest
 from cache.device_cache import DeviceCache
 from engine.control_words import ControlWords
 from engine.events import FlushArrived
-from engine.flush import ALREADY_IN_PROGRESS, TIMED_OUT_WAITING, Blockers, FlushMode, FlushScope, FlushVerdict
-from engine.flush_gate import STEP_MODES, TIMED_OUT_STEP, PendingFlush
+from engine.flush import (
+    ALREADY_IN_PROGRESS,
+    STEP_MODES,
+    TIMED_OUT_WAITING,
+    Blockers,
+    FlushMode,
+    FlushScope,
+    FlushVerdict,
+)
+from engine.flush_gate import TIMED_OUT_STEP, PendingFlush
 from engine.request import Request
 from tests.fakes import FakeRank, flush_command, foretell
 
