@@ -31,7 +31,7 @@ StopString = Annotated[str, Field(min_length=1, max_length=256)]
 StopList = Annotated[list[StopString], Field(max_length=64, fail_fast=True)]
 StopIds = Annotated[list[TokenId], Field(max_length=256, fail_fast=True)]
 #: '#' parts the sequences of one request (`<id>#<n>`), so it may not occur in an id
-RequestIdText = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[!-\"$-~]+$")]
+RequestIdText = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[!-\"$-~]+$")]
 NamespaceText = Annotated[str, Field(max_length=256)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]

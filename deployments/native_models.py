@@ -43,6 +43,7 @@ DEFAULT_NEW_TOKENS = 128
 #: texts, or lists of ids, that /tokenize and /detokenize take at once
 MAX_TEXTS = 2048
 
+StartLen = Annotated[int, Field(ge=-1)]
 NumTopLogprobs = Annotated[int, Field(ge=0, le=20)]
 
 
@@ -85,7 +86,6 @@ class GenerateBody(Body):
         "video_data": (OFF, _TEXT_ONLY),
         "audio_data": (OFF, _TEXT_ONLY),
         "modalities": ((None, [], ["text"]), _TEXT_ONLY),
-        "logprob_start_len": ((None, -1, [-1]), "log-probabilities of the prompt are not offered"),
         "token_ids_logprob": (OFF, "log-probabilities of chosen tokens are not offered; use top_logprobs_num"),
         "return_hidden_states": (OFF, "hidden states are not offered"),
         "return_entropy": (OFF, "the entropy of the distribution is not offered"),
@@ -113,6 +113,8 @@ class GenerateBody(Body):
     stream: bool = False
     return_logprob: bool | PerPrompt[bool] | None = None
     top_logprobs_num: NumTopLogprobs | PerPrompt[NumTopLogprobs] | None = None
+    #: first token whose log-probability is asked for; -1: the first one generated
+    logprob_start_len: StartLen | PerPrompt[StartLen] | None = None
     return_text_in_logprobs: bool = False
     extra_key: NamespaceText | None = None
     data_parallel_rank: Annotated[int, Field(ge=0)] | None = None
@@ -122,6 +124,15 @@ class GenerateBody(Body):
     def _one_kind_of_prompt(self) -> Self:
         if (self.text is None) == (self.input_ids is None):
             raise field_error("text", "exactly one of text and input_ids is needed")
+        return self
+
+    @model_validator(mode="after")
+    def _no_logprobs_of_the_prompt(self) -> Self:
+        """Clients send a start without asking for log-probabilities; it means nothing then."""
+        starts = self.logprob_start_len if isinstance(self.logprob_start_len, list) else [self.logprob_start_len]
+        wanted = self.return_logprob if isinstance(self.return_logprob, list) else [self.return_logprob]
+        if any(wanted) and any(start not in (None, -1) for start in starts):
+            raise field_error("logprob_start_len", f"log-probabilities of the prompt are not offered; got {starts[0]}")
         return self
 
     @property

@@ -190,6 +190,16 @@ def test_choices_of_neighbouring_seeds_have_no_seed_in_common() -> None:
 
 
 @scenario
+async def test_a_start_of_logprobs_means_nothing_without_them_and_ids_may_be_long(demo: Demo) -> None:
+    async with serving(demo) as server:
+        answer = await generate(server, text="x", sampling_params=GREEDY, logprob_start_len=0, rid="r" * 256)
+        wanted = await generate(server, text="x", sampling_params=GREEDY, logprob_start_len=-1, return_logprob=True)
+    assert answer["meta_info"]["id"] == "r" * 256
+    assert "output_token_logprobs" not in answer["meta_info"]
+    assert len(wanted["meta_info"]["output_token_logprobs"]) == 12
+
+
+@scenario
 async def test_abort_ends_all_sequences_of_exactly_that_request(demo: Demo) -> None:
     long = GREEDY | {"max_new_tokens": 1800}
     async with serving(demo, num_ranks=2) as server:
