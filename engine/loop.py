@@ -102,10 +102,6 @@ class EngineLoop:
         self._inbox.append(event)
         self._wakeup.set()
 
-    def wake(self) -> None:
-        """Take a turn although nothing was posted, e.g. to read control words that have changed."""
-        self._wakeup.set()
-
     def stop(self) -> None:
         """`run` returns after the turn it is in. May be called twice."""
         self._is_stopping = True

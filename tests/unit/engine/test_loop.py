@@ -145,9 +145,6 @@ def test_an_idle_engine_sleeps_until_something_is_posted() -> None:
         assert asleep.acquire(timeout=PATIENCE_S)
         # three steps, at most one turn before it sleeps and one for a wake-up set while it was awake
         assert before + 3 <= num_turns <= before + 5
-        rank.loop.wake()
-        while num_turns < before + 4:
-            assert asleep.acquire(timeout=PATIENCE_S)
     assert rank.answers["r"].finishes == ["length"]
 
 
