@@ -133,7 +133,10 @@ class ControlLog:
     def _own(self, index: int) -> Entry:
         """Our own record, from an append whose end we did not see. Raises Superseded if it is another's."""
         data = self._store.read(index)
-        entry = None if data is None else _decoded(index, data)
+        try:
+            entry = None if data is None else decode_entry(data)
+        except msgspec.DecodeError:  # whoever wrote it, of whatever version: it was not this controller
+            entry = None
         if entry is None or entry.writer != self._writer:
             raise Superseded(index)
         return entry

@@ -40,6 +40,8 @@ from configs.schema import ControlSettings
 log = logging.getLogger(__name__)
 
 _STORE_TIMEOUT_S = 10.0
+#: what a start waits for signs of life; living ranks answer in milliseconds
+_FIRST_HELLO_S = 1.0
 _MAX_POLL_S = 60.0
 _MAX_ASK_S = 60.0
 _MAX_AUDIT_ENTRIES = 1000
@@ -96,6 +98,8 @@ class ControlPlane:
         for record in list(state.members.values()):
             if not self._roster.restore(record, await around.find_handle(record)):
                 self._on_gone(record)
+        # Before this an Api would read that no rank takes requests, and refuse those of its clients.
+        await self._roster.until_asked(_FIRST_HELLO_S)
         self._metrics.epoch(state.epoch)
         self._desk.end_interrupted()
         self._nodes.ensure(around.node_id)
@@ -162,7 +166,7 @@ class ControlPlane:
             return refusal(error)
 
     async def abort(
-        self, request_id: object, everything: object, timeout_s: object, reason: object, caller: object
+        self, request_id: object, everything: object, timeout_s: object, reason: object, caller: object = "job"
     ) -> dict[str, Any]:
         """See ControllerActor.abort."""
         try:

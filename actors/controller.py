@@ -6,6 +6,7 @@ A thin shell: what it does is in actors/control_plane.py, which runs without Ray
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 from typing import Any
@@ -76,6 +77,9 @@ class ControllerActor:
         audit = _audit_store(settings)
         self._plane = ControlPlane(writer, audit, settings.control, around, ControlMetrics())
         await self._plane.start()
+        # A pass of the garbage collector over all that Ray has loaded takes longer than an answer may be late.
+        gc.collect()
+        gc.freeze()
 
     async def register(self, record: RankRecord, handle: Any) -> Registered:
         """A rank's first call; see ControlPlane.register."""
@@ -98,6 +102,7 @@ class ControllerActor:
         flush_id: Any = None,
         dry_run: Any = False,
         caller: Any = "job",
+        **unknown: Any,
     ) -> dict[str, Any]:
         """Flush the cache of every rank; the answer comes by `timeout_s` plus 50 ms whatever the ranks do.
 
@@ -106,6 +111,7 @@ class ControllerActor:
         mode: wait, drain, retract, abort, fence. tiers: names, None: all there are.
         scope: exactly one of namespace, adapter, prefix_tokens, older_than_s.
         flush_id: a repeat with the same arguments joins or re-reads the first one for an hour.
+        unknown: names that are none of these; such a flush is refused.
 
         Answers {flush_id, success, status, message, http_status, epoch, sub_epoch, mode, tiers, dry_run, floor_raised,
         superseded_by, replayed, started_at, took_ms, ranks: [{rank, incarnation, node, status, message, epoch,
@@ -116,9 +122,11 @@ class ControllerActor:
         superseded, cancelled, no_ranks, unavailable. `floor_raised`: the invalidation is irrevocable, and reaches who
         has not answered when it comes back.
         """
-        return await self._plane.flush(
-            timeout_s=timeout_s, mode=mode, tiers=tiers, scope=scope, flush_id=flush_id, dry_run=dry_run, caller=caller
-        )
+        known = {
+            "timeout_s": timeout_s, "mode": mode, "tiers": tiers, "scope": scope, "flush_id": flush_id,
+            "dry_run": dry_run, "caller": caller,
+        }  # fmt: skip
+        return await self._plane.flush(**unknown, **known)
 
     async def flush_status(self, flush_id: Any) -> dict[str, Any]:
         """The answer of a flush by its id, with the verdicts that came after it under `late`; `status: pending` while

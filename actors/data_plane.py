@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
@@ -17,7 +18,7 @@ import msgspec
 import zmq
 
 from actors.endpoints import TcpDoor
-from actors.loop_socket import LoopSocket, new_socket
+from actors.loop_socket import LoopSocket, end_context, new_socket
 from actors.wire import Abort, Refused, Step, Submit, ToApi, decode_to_rank, encode
 from engine.request import Output, Request
 
@@ -45,6 +46,8 @@ class _Peer:
     identity: bytes
     #: outputs that have not left yet, in order
     pending: list[Output] = field(default_factory=list)
+    #: refusals that have not left yet; at most one for each submit of the peer
+    refusals: deque[Refused] = field(default_factory=deque[Refused])
     request_ids: set[str] = field(default_factory=set)
 
 
@@ -121,7 +124,7 @@ class DataPlane:
                 timer.cancel()
         for socket in self._sockets:
             socket.close(linger_ms)
-        await asyncio.to_thread(self._context.term)
+        await end_context(self._context)
 
     def _bind(self, endpoint: str, door: TcpDoor | None) -> str:
         router = new_socket(self._context, zmq.ROUTER)
@@ -148,13 +151,13 @@ class DataPlane:
             frame = decode_to_rank(parts[-1])
         except msgspec.DecodeError as error:
             log.warning("an unreadable frame was dropped: %s", error)
-            self._refuse(peer, "", "the frame could not be read")
+            self._refuse(peer, None, "the frame could not be read")
             return
         match frame:
             case Submit(incarnation=incarnation, request=request) if incarnation == self._incarnation:
                 self._submit(peer, request)
             case Submit(request=request):
-                self._refuse(peer, request.request_id, "the frame names another incarnation")
+                self._refuse(peer, request, "the frame names another incarnation")
             case Abort(incarnation=incarnation, request_ids=request_ids) if incarnation == self._incarnation:
                 self._abort(peer, request_ids)
             case Abort():
@@ -162,9 +165,9 @@ class DataPlane:
 
     def _submit(self, peer: _Peer, request: Request) -> None:
         if self._closed_because is not None:
-            self._refuse(peer, request.request_id, self._closed_because)
+            self._refuse(peer, request, self._closed_because)
         elif request.request_id in self._streams:
-            self._refuse(peer, request.request_id, "a request of this id is open")
+            self._refuse(peer, request, "a request of this id is open")
         else:
             self._streams[request.request_id] = _Stream(peer, request.attempt)
             peer.request_ids.add(request.request_id)
@@ -178,23 +181,30 @@ class DataPlane:
         if own:
             self._on_abort(own, "the client has left")
 
-    def _refuse(self, peer: _Peer, request_id: str, reason: str) -> None:
+    def _refuse(self, peer: _Peer, request: Request | None, reason: str) -> None:
+        """Say so at once, or, to a congested peer, as soon as it reads: a request without an answer would hang."""
         self.num_dropped_frames += 1
-        self._try_send(peer, Refused(self._incarnation, request_id, reason))
+        request_id, attempt = ("", 0) if request is None else (request.request_id, request.attempt)
+        peer.refusals.append(Refused(self._incarnation, request_id, reason, attempt))
+        if peer not in self._congested:
+            self._send_pending(peer)
 
     def _forget(self, request_id: str) -> None:
         stream = self._streams.pop(request_id)
         stream.peer.request_ids.discard(request_id)
 
     def _send_pending(self, peer: _Peer) -> None:
-        """One frame of all that waits for `peer`; what does not leave now is tried again, merged with what came."""
+        """Refusals, then one frame of all tokens that wait; what does not leave now is tried again, merged."""
         peer.pending = merge(peer.pending)
-        if self._try_send(peer, Step(self._incarnation, peer.pending)):
+        while peer.refusals and self._try_send(peer, peer.refusals[0]):
+            peer.refusals.popleft()
+        if not peer.refusals and peer.pending and self._try_send(peer, Step(self._incarnation, peer.pending)):
             peer.pending = []
-            self._congested.discard(peer)
-        elif peer.pending:
+        if peer.refusals or peer.pending:
             self._congested.add(peer)
             self._schedule_retry()
+        else:
+            self._congested.discard(peer)
 
     def _try_send(self, peer: _Peer, frame: ToApi) -> bool:
         """False: congested, or gone; a peer that is gone is dropped with its requests."""
@@ -211,6 +221,7 @@ class DataPlane:
         for request_id in orphans:
             self._forget(request_id)
         peer.pending = []
+        peer.refusals.clear()
         self._congested.discard(peer)
         self._peers.pop((peer.socket, peer.identity), None)
         if orphans:

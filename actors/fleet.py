@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import zmq
 
 from actors.link import Link, LinkCounters
+from actors.loop_socket import end_context
 from actors.messages import Member, Membership
 from configs.errors import RankLost
 from engine.request import Output, Request
@@ -83,7 +84,9 @@ class Fleet:
         await self._first_poll.wait()
 
     async def close(self) -> None:
-        """End all streams with RankLost and close all connections."""
+        """End all streams with RankLost and close all connections. Twice is once."""
+        if self._closing.is_set():
+            return
         self._closing.set()
         if self._poller is not None:
             self._poller.cancel()
@@ -92,7 +95,7 @@ class Fleet:
             self._unseat(incarnation).close("this server is closing")
         for link in self._leaving:
             link.close("this server is closing")
-        self._context.term()
+        await end_context(self._context)
 
     def members(self) -> Membership:
         """The newest membership known, without the ranks that this process cannot reach now."""
@@ -195,22 +198,26 @@ class Fleet:
         )
 
     def _up(self, link: Link) -> None:
-        seat = self._seats.get(link.member.incarnation)
+        seat = self._seat_of(link)
         if seat is not None:
             seat.num_failures = 0
 
     def _lost(self, link: Link) -> None:
         """A rank that is still a member may only have been frozen or cut off: try again, ever less often."""
         self._leaving.discard(link)
-        incarnation = link.member.incarnation
-        seat = self._seats.get(incarnation)
+        seat = self._seat_of(link)
         if seat is None:
             return
         seat.num_failures += 1
-        seat.retry = asyncio.get_running_loop().call_later(_retry_s(seat.num_failures), self._reconnect, incarnation)
+        seat.retry = asyncio.get_running_loop().call_later(_retry_s(seat.num_failures), self._reconnect, seat)
 
-    def _reconnect(self, incarnation: str) -> None:
-        seat = self._seats[incarnation]
+    def _seat_of(self, link: Link) -> _Seat | None:
+        """None: the rank has left, or it came back and has another connection by now."""
+        seat = self._seats.get(link.member.incarnation)
+        return seat if seat is not None and seat.link is link else None
+
+    def _reconnect(self, seat: _Seat) -> None:
+        """Timer of a seat that is a member; `_unseat` cancels it."""
         seat.retry = None
         seat.link = self._connect(seat.member)
 

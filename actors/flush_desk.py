@@ -7,6 +7,7 @@ answers are kept, counted and written to the audit log.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,6 +37,8 @@ from actors.nodes import Nodes
 from actors.roster import Roster
 from configs.errors import Conflict, RequestError, UnknownResource
 from engine.flush import ALREADY_IN_PROGRESS
+
+log = logging.getLogger(__name__)
 
 #: keys of a flush's answer that its audit entry has, beside a short row for each rank
 _AUDITED = (
@@ -77,6 +80,7 @@ class FlushDesk:
         #: flush id -> the end of a flush that an earlier controller began and that is closed by asking the ranks
         self._closing: dict[str, asyncio.Task[Answer]] = {}
         self._flushed_s: float | None = None
+        self._num_dry_runs = 0
         self._restore()
 
     # --- what callers see -------------------------------------------------------------------------------------------
@@ -131,7 +135,7 @@ class FlushDesk:
         return None if self._book.pending is None else self._under_way(self._book.pending.flush_id)
 
     def seconds_since_flush(self) -> float | None:
-        """Since the last success of this controller's life."""
+        """Since the last success of a flush of everything in this controller's life."""
         return None if self._flushed_s is None else self._clock.now_s() - self._flushed_s
 
     def note(self, call: str, caller: str, facts: Mapping[str, Any]) -> None:
@@ -165,7 +169,7 @@ class FlushDesk:
         """Its ranks are being told: whoever gives way to it has nothing more to hope for."""
         self._metrics.epoch(self._log.state.epoch)
         yielding = self._flights.get(self._yielding.get(flight.request.flush_id, ""))
-        if yielding is not None and flight.machine.state == "running":
+        if yielding is not None:
             yielding.handle(Superseded(flight.request.flush_id))
 
     def given(self, flight: FlushFlight, answer: Answer, is_remembered: bool) -> None:
@@ -181,6 +185,11 @@ class FlushDesk:
         yielding = self._flights.get(self._yielding.pop(flush_id, ""))
         if yielding is not None and yielding.machine.run.superseded_by == flush_id:
             yielding.handle(SupersederEnded())
+
+    def cut_short(self, flight: FlushFlight) -> Answer:
+        # Nobody is told of a success that counts on them.
+        self._nodes.book.leases.release(flight.machine.withheld)
+        return self._failed(flight.request, flight.machine.run.is_floor_raised)
 
     def amended(self, flight: FlushFlight, answer: Answer) -> None:
         self._book.end(flight.request, answer, self._clock.now_s())
@@ -200,7 +209,11 @@ class FlushDesk:
 
     def _begin(self, request: FlushRequest, received_s: float, superseding: str | None) -> asyncio.Future[Answer]:
         plan = FlushPlan.of(request, self._limits, received_s, self._slack_s)
-        flight = self._flight(plan, FlushRun(request, self._clock.wall_text(), received_s))
+        run = FlushRun(request, self._clock.wall_text(), received_s)
+        if request.dry_run:
+            self._num_dry_runs += 1
+            run.index = -((self._log.state.term << 32) + self._num_dry_runs)
+        flight = self._flight(plan, run)
         if superseding is not None:
             self._yielding[request.flush_id] = superseding
         flight.begin()
@@ -210,6 +223,13 @@ class FlushDesk:
         machine = FlushMachine(plan, run, self._nodes.book, self._untouched(plan.request))
         flight = self._flights[plan.request.flush_id] = FlushFlight(machine, self._tools, self)
         return flight
+
+    def _failed(self, request: FlushRequest, floor_raised: bool = False) -> Answer:
+        return flush_answer(
+            request, success=False, status="unavailable", message="the controller failed; its log says why",
+            http_status=500, floor_raised=floor_raised, started_at=self._clock.wall_text(),
+            untouched_tiers=self._untouched(request),
+        )  # fmt: skip
 
     def _may_yield(self, flush_id: str) -> bool:
         flight = self._flights.get(flush_id)
@@ -253,7 +273,7 @@ class FlushDesk:
     def _count(self, request: FlushRequest, answer: Answer) -> None:
         self._metrics.flush_ended(answer)
         self._note_flush(request, answer)
-        if answer["success"] and not answer["dry_run"]:
+        if answer["success"] and answer["floor_raised"]:
             self._flushed_s = self._clock.now_s()
 
     def _note_flush(self, request: FlushRequest, answer: Answer) -> None:
@@ -305,14 +325,24 @@ class FlushDesk:
             self._closing[intent.request.flush_id] = closing
 
     async def _close_one(self, index: int, intent: FlushIntent, run: FlushRun) -> Answer:
+        """The answer, even if a fault of ours cuts it short: what follows is not refused because of it."""
+        try:
+            return await self._ask_and_store(index, intent, run)
+        except Exception:
+            log.exception("flush %s could not be closed", intent.request.flush_id)
+            return self._failed(intent.request)
+        finally:
+            self._closing.pop(intent.request.flush_id, None)
+            self._book.drop(intent.request)
+
+    async def _ask_and_store(self, index: int, intent: FlushIntent, run: FlushRun) -> Answer:
+        run.index = index
         await ask_what_became(run, self._roster, self._log.state.term)
         note = "interrupted by a restart of the controller: "
         answer = run.close(self._clock.now_s(), self._untouched(intent.request), note)
         floor = run.epoch if answer["floor_raised"] else 0
         stored = await self._log.append(FlushOutcome(index, floor, answer))
-        del self._closing[intent.request.flush_id]
         if not isinstance(stored, Stored):
-            self._book.drop(intent.request)
             return answer | {"success": False, "status": "unavailable", "message": stored.message, "http_status": 503}
         self._book.end(intent.request, answer, self._clock.now_s())
         self._advance(answer)

@@ -152,6 +152,8 @@ class CancelOnRank:
     """Have a rank end the flush if it has not begun there; answer with RankAnswered."""
 
     incarnation: str
+    #: of the flush's intent
+    index: int
 
 
 @dataclass(frozen=True, slots=True)

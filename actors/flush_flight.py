@@ -7,6 +7,7 @@ which the machine may decide by itself.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -43,6 +44,8 @@ from actors.ray_errors import Answered, CallFailed, outcome_of
 from actors.roster import Roster
 from engine.flush import FlushCommand
 
+log = logging.getLogger(__name__)
+
 
 class FlushEnds(Protocol):
     """What the flights tell the desk."""
@@ -51,7 +54,11 @@ class FlushEnds(Protocol):
     def amended(self, flight: FlushFlight, answer: Answer) -> None: ...
     def late(self, flight: FlushFlight, rows: list[Answer]) -> None: ...
     def begun(self, flight: FlushFlight) -> None:
-        """Its intent is stored; ranks are being told."""
+        """Ranks are being told."""
+        ...
+
+    def cut_short(self, flight: FlushFlight) -> Answer:
+        """A fault of ours has ended it; what its caller is told."""
         ...
 
 
@@ -77,20 +84,21 @@ class FlushFlight:
         self.answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._legs: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._is_cut_short = False
 
     def begin(self) -> None:
         """Begin with the ranks that are registered now."""
-        self._carry_out(self.machine.begin(self._tools.roster.settled_records(), self._now_s()))
+        self._do(lambda now_s: self.machine.begin(self._tools.roster.settled_records(), now_s))
         for record in self._tools.roster.joining_records():
             self.handle(RankRegistered(record, is_new=True))
 
     def resume(self, index: int) -> None:
         """Go on where an earlier controller stopped."""
-        self._carry_out(self.machine.resume(index, self._now_s()))
+        self._do(lambda now_s: self.machine.resume(index, now_s))
 
     def handle(self, event: Event) -> None:
         """Something has happened that concerns this flush."""
-        self._carry_out(self.machine.handle(event, self._now_s()))
+        self._do(lambda now_s: self.machine.handle(event, now_s))
 
     def close(self) -> None:
         """Drop everything; nobody is told anything any more."""
@@ -101,10 +109,26 @@ class FlushFlight:
     def _now_s(self) -> float:
         return self._tools.clock.now_s()
 
-    def _carry_out(self, commands: list[Command]) -> None:
-        for command in commands:
-            self._start(command)
-        self._set_timer(self.machine.wake_s)
+    def _do(self, step: Callable[[float], list[Command]]) -> None:
+        """Let the machine take a step and carry out what it wants. A fault of ours ends this flush with an answer, so
+        that no exception crosses a job's border and those that follow are not refused because of it."""
+        if self._is_cut_short:
+            return
+        try:
+            was_running = self.machine.state == "running"
+            for command in step(self._now_s()):
+                self._start(command)
+            self._set_timer(self.machine.wake_s)
+            if self.machine.state == "running" and not was_running:
+                self._ends.begun(self)
+        except Exception:
+            log.exception("flush %s was cut short", self.request.flush_id)
+            self._is_cut_short = True
+            self._set_timer(None)
+            answer = self._ends.cut_short(self)
+            if not self.answered.done():
+                self._ends.given(self, answer, is_remembered=False)
+                self.answered.set_result(answer)
 
     def _start(self, command: Command) -> None:
         tools = self._tools
@@ -112,13 +136,13 @@ class FlushFlight:
             case TellRank():
                 self._leg(self._tell(command))
             case StoreIntent(intent):
-                self._store(intent, self._intent_stored)
+                self._store(intent, IntentStored)
             case StoreOutcome(outcome):
-                self._store(outcome, lambda index: self.handle(OutcomeStored()))
+                self._store(outcome, lambda index: OutcomeStored())
             case RaiseFloor(node_id, floor):
                 self._leg(self._raise(node_id, floor))
-            case CancelOnRank(incarnation):
-                self._leg(self._cancel(incarnation))
+            case CancelOnRank(incarnation, index):
+                self._leg(self._cancel(incarnation, index))
             case Withhold(node_ids):
                 tools.nodes.book.leases.withhold(node_ids)
             case Release(node_ids):
@@ -138,19 +162,19 @@ class FlushFlight:
         self._legs.add(leg)
         leg.add_done_callback(self._legs.discard)
 
-    def _store(self, record: Record, stored: Callable[[int], None]) -> None:
-        def ended(done: asyncio.Future[Stored | Unstored]) -> None:
+    def _store(self, record: Record, stored: Callable[[int], Event]) -> None:
+        def event_of(done: asyncio.Future[Stored | Unstored]) -> Event:
             match done.result():
                 case Stored(index):
-                    stored(index)
+                    return stored(index)
                 case Unstored(message):
-                    self.handle(NotStored(message))
+                    return NotStored(message)
+
+        def ended(done: asyncio.Future[Stored | Unstored]) -> None:
+            if not done.cancelled():
+                self._do(lambda now_s: self.machine.handle(event_of(done), now_s))
 
         self._tools.log.append(record).add_done_callback(ended)
-
-    def _intent_stored(self, index: int) -> None:
-        self.handle(IntentStored(index))
-        self._ends.begun(self)
 
     async def _tell(self, order: TellRank) -> None:
         """Tell one rank and wait for its verdict, however late it comes."""
@@ -171,11 +195,11 @@ class FlushFlight:
         await self._tools.nodes.raise_floor(node_id, floor)
         self.handle(FloorSettled(node_id))
 
-    async def _cancel(self, incarnation: str) -> None:
+    async def _cancel(self, incarnation: str, index: int) -> None:
         handle = self._tools.roster.handle(incarnation)
         if handle is None:
             return
-        call = handle.close_flush.remote(self.request.flush_id, self._tools.log.state.term)
+        call = handle.close_flush.remote(self.request.flush_id, index, self._tools.log.state.term)
         match await outcome_of(call):
             case Answered(verdict):
                 self.handle(RankAnswered(incarnation, verdict))
@@ -197,6 +221,7 @@ class FlushFlight:
             timeout_s=request.timeout_s,
             scope=request.scope,
             dry_run=request.dry_run,
+            index=run.index,
             valid_until_s=boot_s + order.valid_until_s - now_s,
             sub_epoch=run.sub_epoch,
         )

@@ -76,8 +76,8 @@ class FlushMachine:
         self._nodes = nodes
         self._untouched = tuple(untouched_tiers)
         self.state: State = "storing"
-        #: index of the intent; 0 until it is stored
-        self._index = 0
+        #: until then verdicts are waited for; known when ranks are told
+        self._collect_until_s = math.inf
         self._told: set[str] = set()
         #: nodes whose agents have not answered the floor yet, and how long their ranks wait for that
         self._raising: set[str] = set()
@@ -104,7 +104,7 @@ class FlushMachine:
         if self.run.is_settled:
             return self._give_up("no_ranks", "no rank is registered: nothing was flushed", now_s)
         if not self.plan.is_stored:
-            return self._start(0, now_s)
+            return self._start(self.run.index, now_s)
         run, plan = self.run, self.plan
         return [StoreIntent(FlushIntent(run.request, plan.takes_epoch, tuple(run.waiting_for), run.started_at))]
 
@@ -145,6 +145,16 @@ class FlushMachine:
         return self._proceed(now_s)
 
     @property
+    def withheld(self) -> tuple[str, ...]:
+        """Nodes that get no lease because this flush counts on it."""
+        return self._withheld
+
+    @property
+    def _has_begun(self) -> bool:
+        """Ranks were told, or could have been."""
+        return self._collect_until_s < math.inf
+
+    @property
     def can_cancel(self) -> bool:
         """It has not begun to be irrevocable, and is not over."""
         return self.state in ("storing", "running") and not self.plan.raises_floor_first
@@ -159,7 +169,7 @@ class FlushMachine:
         """When `TimePassed` is due next; None: never again."""
         match self.state:
             case "storing":
-                return self.plan.collect_until_s
+                return self.plan.answer_until_s
             case "ending":
                 return self.plan.answer_until_s
             case "over":
@@ -170,7 +180,7 @@ class FlushMachine:
     def _instants(self) -> Iterable[float]:
         """When something may be decided without an event. One that has passed has been looked at."""
         yield math.inf
-        yield self.plan.collect_until_s
+        yield self._collect_until_s
         yield self._patience_until_s
         yield self._courtesy_until_s
         yield self._cancel_until_s
@@ -190,7 +200,8 @@ class FlushMachine:
     def _start(self, index: int, now_s: float) -> list[Command]:
         """The intent is stored: from here on ranks are told, those too that register meanwhile."""
         run, plan = self.run, self.plan
-        self._index = index
+        run.index = index
+        self._collect_until_s = plan.collect_until_s(now_s)
         run.epoch = index if plan.takes_epoch else 0
         run.sub_epoch = index if plan.takes_sub_epoch else 0
         self.state = "running"
@@ -242,7 +253,7 @@ class FlushMachine:
 
     def _is_finished(self, now_s: float) -> bool:
         open_records = self.run.open_records
-        if not open_records or now_s >= min(self.plan.collect_until_s, self._cancel_until_s):
+        if not open_records or now_s >= min(self._collect_until_s, self._cancel_until_s):
             return True
         if self._has_superseder_ended:
             return True
@@ -275,7 +286,7 @@ class FlushMachine:
             self._withheld = tuple(sorted(nodes)) if answer["success"] else ()
             commands += [Withhold(self._withheld)] if self._withheld else []
         floor = run.epoch if answer["floor_raised"] else 0
-        return [*commands, StoreOutcome(FlushOutcome(self._index, floor, answer))]
+        return [*commands, StoreOutcome(FlushOutcome(run.index, floor, answer))]
 
     def _speak_for_the_silent(self, now_s: float) -> None:
         """Verdicts for the ranks that gave none, or, in mode fence, none that is as good as the floor."""
@@ -297,7 +308,7 @@ class FlushMachine:
         commands: list[Command] = [Release(self._withheld)] if self._withheld else []
         self._withheld = ()
         if self.state == "over":
-            return [*commands, Amend(self._answer)] if self._index else commands
+            return [*commands, Amend(self._answer)] if self._has_begun else commands
         floor = self.run.epoch if self._answer["floor_raised"] and not self.plan.raises_floor_first else 0
         nodes = sorted({record.node_id for record in self.run.records}) if floor else []
         # The ranks have swapped already; the floor holds for those that come back and for what is on its way.
@@ -324,7 +335,7 @@ class FlushMachine:
         return [KeepLate(late)] if self.state == "over" and late else []
 
     def _give_up_storing(self, now_s: float) -> list[Command]:
-        if self.state != "storing" or now_s < self.plan.collect_until_s:
+        if self.state != "storing" or now_s < self.plan.answer_until_s:
             return []
         return self._not_stored("the control log did not answer in time", now_s)
 
@@ -348,7 +359,8 @@ class FlushMachine:
         http_status = 409 if status == "cancelled" else 503
         self._answer = flush_answer(
             run.request, success=False, status=status, message=message, http_status=http_status,
-            started_at=run.started_at, took_ms=(now_s - run.started_s) * 1000, untouched_tiers=list(self._untouched),
+            started_at=run.started_at, took_ms=(now_s - run.started_s) * 1000,
+            ranks=run.not_told(f"It was not told: {message}"), untouched_tiers=list(self._untouched),
         )  # fmt: skip
         self.state = "over"
         return [Give(self._answer, is_remembered=False)]
@@ -364,7 +376,7 @@ class FlushMachine:
         self._cancel_until_s = now_s + CANCEL_S
         for record in self.run.open_records:
             if record.incarnation in self._told:
-                commands.append(CancelOnRank(record.incarnation))
+                commands.append(CancelOnRank(record.incarnation, self.run.index))
             else:
                 self.run.stand_in(record.incarnation, "refused", "cancelled before it was told")
         return commands + self._proceed(now_s)

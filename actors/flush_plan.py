@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from actors.flush_request import FLOOR_FIRST_MODES, FlushLimits, FlushRequest
+from actors.flush_request import FlushLimits, FlushRequest
+from engine.flush import STEP_MODES
 
-# Of the answer's slack, verdicts may use one half (they leave the ranks at the deadline), the log most of the rest.
-_COLLECT_SHARE = 0.5
-_STORE_SHARE = 0.9
+# Of the answer's slack all but a tenth may be waited for: by the intent, then the verdicts, which leave the ranks at
+# the deadline, then the outcome. Of what the intent has left over the verdicts may use a little more than half.
+_WAIT_SHARE = 0.9
+_COLLECT_SHARE = 0.55
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +22,6 @@ class FlushPlan:
     takes_epoch: bool
     #: when the caller's budget is used up
     deadline_s: float
-    #: ranks that have not answered until then are given up
-    collect_until_s: float
     #: the answer leaves then, whether or not its record is stored
     answer_until_s: float
     #: until then a rank may begin with the command
@@ -35,16 +35,20 @@ class FlushPlan:
             request,
             request.takes_epoch(limits),
             deadline_s,
-            collect_until_s=deadline_s + _COLLECT_SHARE * slack_s,
-            answer_until_s=deadline_s + _STORE_SHARE * slack_s,
+            answer_until_s=deadline_s + _WAIT_SHARE * slack_s,
             valid_until_s=deadline_s + slack_s,
         )
+
+    def collect_until_s(self, begun_s: float) -> float:
+        """Ranks that have not answered until then are given up. begun_s: when they were told."""
+        from_s = max(begun_s, self.deadline_s)
+        return from_s + _COLLECT_SHARE * max(0.0, self.answer_until_s - from_s)
 
     @property
     def raises_floor_first(self) -> bool:
         """Irrevocable from its record on. `wait` and `drain` raise the floor last: a rank that times out is untouched
         and works on with its tier (hole H3)."""
-        return self.takes_epoch and self.request.mode in FLOOR_FIRST_MODES
+        return self.takes_epoch and self.request.mode in STEP_MODES
 
     @property
     def counts_fenced(self) -> bool:

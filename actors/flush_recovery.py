@@ -40,7 +40,8 @@ async def _close(run: FlushRun, incarnation: str, roster: Roster, term: int) -> 
     handle = roster.handle(incarnation)
     if handle is None:
         return run.failed(incarnation, "Ray knows no actor of this incarnation", is_final=True)
-    match await outcome_within(handle.close_flush.remote(run.request.flush_id, term), _ASK_TIMEOUT_S):
+    closing = handle.close_flush.remote(run.request.flush_id, run.index, term)
+    match await outcome_within(closing, _ASK_TIMEOUT_S):
         case Answered(verdict):
             run.answered(incarnation, verdict)
         case CallFailed(_, message):

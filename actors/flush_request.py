@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from typing import cast
 
 from configs.errors import InvalidField, RequestError, TidegateError
-from engine.flush import FLUSH_MODES, FlushMode, FlushScope
+from engine.flush import FLUSH_MODES, STEP_MODES, FlushMode, FlushScope
 
-#: modes that need the next step boundary of a rank and nothing else; they raise the floor first
-FLOOR_FIRST_MODES: frozenset[FlushMode] = frozenset({"retract", "abort", "fence"})
 SCOPE_KEYS = ("namespace", "adapter", "prefix_tokens", "older_than_s")
 
 _FLUSH_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
@@ -54,8 +52,8 @@ class FlushRequest:
         return self._arguments == other._arguments
 
     def budget_s(self, step_grace_s: float) -> float:
-        """Seconds from receipt to the deadline: floor-first modes get at least the grace for one engine step."""
-        return max(self.timeout_s, step_grace_s) if self.mode in FLOOR_FIRST_MODES else self.timeout_s
+        """Seconds from receipt to the deadline: step modes get at least the grace for one engine step."""
+        return max(self.timeout_s, step_grace_s) if self.mode in STEP_MODES else self.timeout_s
 
     def takes_epoch(self, limits: FlushLimits) -> bool:
         """Only a flush of all tiers without a scope allots an epoch (protocol.md section 6)."""

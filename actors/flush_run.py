@@ -27,7 +27,13 @@ _FAILURES = {
     # only possible in a flush for which it does not suffice
     "fenced": 503,
 }
-_LIVING = frozenset({"flushed", "fenced", "joined"})
+#: verdicts of ranks that serve; a flush of none of these was no flush
+LIVING_VERDICTS: frozenset[object] = frozenset({"flushed", "fenced", "joined"})
+
+
+def is_good_verdict(status: object, mode: object) -> bool:
+    """A flush of this mode can succeed with this verdict of a rank or tier; a fence suffices for mode fence alone."""
+    return status in GOOD_VERDICTS and (status != "fenced" or mode == "fence")
 
 
 @dataclass(slots=True)
@@ -50,6 +56,8 @@ class FlushRun:
         self.started_at = started_at
         #: by the controller's clock
         self.started_s = started_s
+        #: log index of the intent; 0 until it is stored. A dry run has none and gets a number below 0, its own
+        self.index = 0
         #: epoch the ranks swap to; 0 until it is stored, and if the flush takes none
         self.epoch = 0
         #: of a scoped flush; 0 until it is stored, and without a scope
@@ -146,7 +154,15 @@ class FlushRun:
 
     def unsatisfied(self) -> list[tuple[RankRecord, str]]:
         """The ranks with no good verdict, each with why its call failed ("" if it did not)."""
-        return [(row.record, row.failure) for row in self._in_order() if not self._is_good(row)]
+        mode = self.request.mode
+        return [(row.record, row.failure) for row in self._in_order() if not is_good_verdict(_status(row), mode)]
+
+    def not_told(self, message: str) -> list[dict[str, Any]]:
+        """The rows of a flush that was never begun: who has no verdict refuses with `message`."""
+        for row in self._rows.values():
+            if row.verdict is None:
+                self._settle(row, self._verdict("refused", message))
+        return self._plain_rows()
 
     def close(self, now_s: float, untouched_tiers: Iterable[str], note: str = "") -> Answer:
         """Fix the answer: who still owes a verdict is unreachable.
@@ -171,7 +187,7 @@ class FlushRun:
             superseded_by=self.superseded_by,
             started_at=self.started_at,
             took_ms=(now_s - self.started_s) * 1000,
-            ranks=[_plain_row(row.record, row.verdict) for row in self._in_order() if row.verdict is not None],
+            ranks=self._plain_rows(),
             untouched_tiers=list(untouched_tiers),
         )
 
@@ -181,25 +197,18 @@ class FlushRun:
 
     def _summary(self) -> tuple[str, str, int]:
         """Status, message and HTTP code of the whole."""
-        bad = [row for row in self._in_order() if not self._is_good(row)]
+        bad = [row for row in self._in_order() if not is_good_verdict(_status(row), self.request.mode)]
         if bad and self.is_cancelled:
             return "cancelled", "cancelled before every rank had flushed", 409
         if bad:
             statuses = {row.verdict.status for row in bad if row.verdict is not None}
             worst = next(status for status in _FAILURES if status in statuses)
             return worst, self._complaint(bad), _FAILURES[worst]
-        if not any(self._lives(row) for row in self._rows.values()):
-            if any(row.verdict is not None and row.verdict.status == "expired" for row in self._rows.values()):
+        if not any(_status(row) in LIVING_VERDICTS and not row.is_gone for row in self._rows.values()):
+            if any(_status(row) == "expired" for row in self._rows.values()):
                 return "expired", "no rank can be reached: their nodes are out of lease and serve uncached", 503
             return "no_ranks", "no rank is left: nothing was flushed because nothing serves", 503
-        return "flushed", "Cache flushed.", 200
-
-    def _is_good(self, row: _Row) -> bool:
-        status = row.verdict.status if row.verdict is not None else "unreachable"
-        return status in GOOD_VERDICTS and (status != "fenced" or self.request.mode == "fence")
-
-    def _lives(self, row: _Row) -> bool:
-        return row.verdict is not None and row.verdict.status in _LIVING and not row.is_gone
+        return "flushed", "Dry run: nothing was flushed." if self.request.dry_run else "Cache flushed.", 200
 
     def _complaint(self, bad: list[_Row]) -> str:
         """The ranks' own words; exactly theirs if they all say the same."""
@@ -208,6 +217,9 @@ class FlushRun:
             return messages.pop()
         parts = [f"rank {row.record.rank}: {row.verdict.message}" for row in bad if row.verdict is not None]
         return f"{len(bad)} of {len(self._rows)} ranks not flushed: " + "; ".join(parts)
+
+    def _plain_rows(self) -> list[dict[str, Any]]:
+        return [_plain_row(row.record, row.verdict) for row in self._in_order() if row.verdict is not None]
 
     def _in_order(self) -> list[_Row]:
         return sorted(self._rows.values(), key=lambda row: row.record.rank)
@@ -254,6 +266,10 @@ def flush_answer(
         "host_tiers": [],
         "untouched_tiers": untouched_tiers or [],
     }
+
+
+def _status(row: _Row) -> str:
+    return row.verdict.status if row.verdict is not None else "unreachable"
 
 
 def _plain_row(record: RankRecord, verdict: FlushVerdict) -> dict[str, Any]:

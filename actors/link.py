@@ -181,7 +181,7 @@ class Link:
     def _refused(self, frame: Refused) -> None:
         self._counters.num_dropped += 1
         stream = self._streams.get(frame.request_id)
-        if stream is not None and not stream.is_ended:
+        if stream is not None and stream.attempt == frame.attempt and not stream.is_ended:
             stream.put(self._lost(f"it refused the request: {frame.reason}"))
 
     def _observe(self, parts: list[bytes]) -> None:

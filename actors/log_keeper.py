@@ -76,7 +76,8 @@ class LogKeeper:
         return begun_s
 
     def append(self, record: Record) -> asyncio.Future[Stored | Unstored]:
-        """Store a record and fold it in. It is stored, or fails, whether or not anybody waits; the future never fails.
+        """Store a record and fold it in. It is stored, or fails, whether or not anybody waits. The future fails
+        only by a fault of ours.
 
         After Unstored the record may still turn up in the log, in the state, and for an intent in `found_intent`.
         """

@@ -11,8 +11,9 @@ from typing import Any
 
 import msgspec
 
-from actors.flush_request import FLOOR_FIRST_MODES, FlushRequest
+from actors.flush_request import FlushRequest
 from actors.messages import RankRecord, SubEpoch
+from engine.flush import STEP_MODES
 
 
 class TakeOver(msgspec.Struct, frozen=True, tag="take_over"):
@@ -161,7 +162,7 @@ class LogState:
         self.open_flushes[index] = intent
         if intent.takes_epoch:
             self.epoch = index
-            if intent.request.mode in FLOOR_FIRST_MODES:
+            if intent.request.mode in STEP_MODES:
                 self._raise_floor(index)
         elif intent.request.scope is not None:
             self._add_sub_epoch(SubEpoch(intent.request.scope, index))

@@ -7,10 +7,14 @@ to be an answer (congested: merge), not a suspended coroutine.
 from __future__ import annotations
 
 import asyncio
+import logging
+import threading
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import zmq
+
+log = logging.getLogger(__name__)
 
 #: libzmq's heartbeats are answered by its I/O thread: a busy peer answers, a stopped or vanished one does not
 HEARTBEAT_MS = 2_000
@@ -18,6 +22,8 @@ HEARTBEAT_MS = 2_000
 HEARTBEAT_TIMEOUT_MS = 10_000
 #: messages handled before other callbacks of the loop get their turn
 _BURST = 128
+#: a context whose sockets are closed ends within their linger; one that has not by then never will
+_TERM_TIMEOUT_S = 5.0
 
 Socket: TypeAlias = "zmq.Socket[bytes]"
 OnMessage: TypeAlias = "Callable[[list[bytes]], None]"
@@ -33,6 +39,16 @@ def new_socket(context: zmq.Context[Any], kind: int) -> Socket:
     # A frozen process accepts connections and never greets.
     socket.handshake_ivl = HEARTBEAT_TIMEOUT_MS
     return socket
+
+
+async def end_context(context: zmq.Context[Any], timeout_s: float = _TERM_TIMEOUT_S) -> None:
+    """End `context` once its sockets are closed. A socket left open costs `timeout_s` and a warning, never the loop."""
+    # A daemon and not the loop's executor: the interpreter waits for the threads of executors.
+    thread = threading.Thread(target=context.term, name="zmq-term", daemon=True)
+    thread.start()
+    await asyncio.to_thread(thread.join, timeout_s)
+    if thread.is_alive():
+        log.warning("a ZeroMQ socket was left open; its context did not end within %.1f s", timeout_s)
 
 
 class LoopSocket:

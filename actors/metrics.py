@@ -37,16 +37,18 @@ class ControlMetrics:
             "tidegate_flush_rank_verdicts", "Verdicts of single ranks about flushes.", tag_keys=("mode", "verdict")
         )
         self._epoch = Gauge("tidegate_epoch", "Newest epoch allotted by the controller.")
-        self._since_flush = Gauge("tidegate_seconds_since_flush", "Since the last flush that succeeded.")
+        self._since_flush = Gauge("tidegate_seconds_since_flush", "Since the last success of a flush of everything.")
         self._ranks = Gauge("tidegate_ranks", "Registered ranks by state.", tag_keys=("state",))
 
     def flush_ended(self, answer: Mapping[str, Any]) -> None:
         """One flush was answered; `answer` is what the caller got."""
-        tags = {"mode": answer["mode"], "outcome": answer["status"]}
+        is_counted_only = answer["dry_run"] and answer["success"]
+        tags = {"mode": answer["mode"], "outcome": "dry_run" if is_counted_only else answer["status"]}
         self._flushes.inc(1, tags)
         self._wait.observe(answer["took_ms"] / 1000, tags)
         for row in answer["ranks"]:
-            self._verdicts.inc(1, {"mode": answer["mode"], "verdict": row["status"]})
+            verdict = "dry_run" if answer["dry_run"] and row["status"] == "flushed" else row["status"]
+            self._verdicts.inc(1, {"mode": answer["mode"], "verdict": verdict})
 
     def epoch(self, epoch: int) -> None:
         self._epoch.set(epoch)

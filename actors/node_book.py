@@ -40,7 +40,7 @@ class NodeBook:
     def renew(self, renewal: NodeRenewal, now_s: float) -> str | None:
         """Take in what an agent says and decide about its lease: None, it has one from now on; else why it has none."""
         node = self._nodes.setdefault(renewal.node_id, _Node())
-        if renewal.sent_s <= node.sent_s:
+        if renewal.sent_s < node.sent_s:
             return "a newer renewal came before this one"
         node.sent_s, node.heard_s = renewal.sent_s, now_s
         node.clock.heard(renewal.sent_s, now_s)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,15 +10,17 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from cache.device_cache import DeviceCache
 from configs.errors import ConfigError
-from configs.resolve import CPU_KV_MEMORY_GB, GIB
+from configs.resolve import GIB, kv_memory_bytes
 from configs.schema import EngineSettings, Settings
 from engine.control_words import ReadWords
+from engine.garbage import calm_collector
 from engine.limits import SchedulerLimits
 from engine.loop import EngineLoop, OnFlush, OnOutputs
 from engine.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from engine.models import LoadedModel
+    from engine.runner import ModelRunner
 
 log = logging.getLogger(__name__)
 
@@ -68,14 +69,7 @@ def load_engine(settings: Settings, hooks: EngineHooks) -> RankEngine:
     num_pages = engine.num_pages or _pages_that_fit(model, engine)
     runner = ModelRunner(model, num_pages, engine.page_size, engine.threads)
     facts = runner.facts
-    limits = SchedulerLimits(
-        max_running=engine.max_running,
-        max_step_tokens=engine.max_step_tokens,
-        max_len=facts.max_len,
-        eos_token_ids=facts.eos_token_ids,
-        bytes_per_page=runner.bytes_per_page,
-        vocab_size=facts.vocab_size,
-    )
+    limits = _limits(runner, engine)
     cache = DeviceCache(num_pages, engine.page_size, enabled=engine.prefix_cache)
     loop = EngineLoop(
         Scheduler(cache, limits),
@@ -85,10 +79,9 @@ def load_engine(settings: Settings, hooks: EngineHooks) -> RankEngine:
         on_flush=hooks.on_flush,
         sanity_check_s=engine.sanity_check_s,
     )
-    gc.collect()
-    gc.freeze()
-    log.info("loaded %s: %d parameters, %d pages of %d tokens", facts.name, facts.num_parameters, num_pages,
-             engine.page_size)  # fmt: skip
+    calm_collector()
+    pages = f"{num_pages} pages of {engine.page_size} tokens"
+    log.info("loaded %s: %d parameters, %s", facts.name, facts.num_parameters, pages)
     return RankEngine(
         loop,
         # a pool smaller than the context is the limit that the doors must know
@@ -101,6 +94,17 @@ def load_engine(settings: Settings, hooks: EngineHooks) -> RankEngine:
     )
 
 
+def _limits(runner: ModelRunner, engine: EngineSettings) -> SchedulerLimits:
+    return SchedulerLimits(
+        max_running=engine.max_running,
+        max_step_tokens=engine.max_step_tokens,
+        max_len=runner.facts.max_len,
+        eos_token_ids=runner.facts.eos_token_ids,
+        bytes_per_page=runner.bytes_per_page,
+        vocab_size=runner.facts.vocab_size,
+    )
+
+
 def _model_path(settings: Settings) -> Path:
     if settings.model.path is None:
         raise ConfigError("no model is named (configs: model.path)")
@@ -110,11 +114,8 @@ def _model_path(settings: Settings) -> Path:
 def _pages_that_fit(model: LoadedModel, engine: EngineSettings) -> int:
     """Pages in the memory that the settings give, or that the weights leave."""
     page_bytes = model.facts.kv_bytes_per_token * engine.page_size
-    if engine.kv_memory_gb is not None:
-        budget = int(engine.kv_memory_gb * GIB)
-    elif model.device.type == "cpu":
-        budget = int(CPU_KV_MEMORY_GB * GIB)
-    else:
+    budget = kv_memory_bytes(engine, model.device.type)
+    if budget is None:
         budget = int(_free_device_memory(model) * GPU_KV_MEMORY_SHARE)
     if budget < page_bytes * 8:
         raise ConfigError(

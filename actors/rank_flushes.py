@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable
 
-from engine.flush import FlushCommand, FlushVerdict
+from engine.flush import FlushCommand, FlushKey, FlushVerdict
 from engine.loop import EngineLoop
 
 
@@ -54,10 +54,10 @@ class RankFlushes:
         finally:
             deadline.cancel()
 
-    async def close(self, flush_id: str, term: int) -> FlushVerdict:
+    async def close(self, key: FlushKey, term: int) -> FlushVerdict:
         """What became of a flush. If it has not begun it never will, even if its command is still on its way."""
         self._engine.see_term(term)
-        withdrawn = self._engine.withdraw_flush(flush_id)
+        withdrawn = self._engine.withdraw_flush(key)
         return withdrawn if isinstance(withdrawn, FlushVerdict) else await asyncio.wrap_future(withdrawn.ended)
 
     def is_late(self, valid_until_s: float) -> bool:

@@ -38,10 +38,14 @@ class RankWatch:
         self.handle = handle
         self._proof = proof
         self._events = events
+        #: set once it has given its first sign of life, or failed to
+        self.asked = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self, is_answering: bool) -> None:
         """Begin. is_answering: it has just registered; otherwise it is asked for a sign of life first."""
+        if is_answering or self.handle is None:
+            self.asked.set()
         name = f"watch-{self.record.incarnation}"
         self._tasks = [
             asyncio.create_task(self._follow(is_answering), name=name),
@@ -50,6 +54,7 @@ class RankWatch:
 
     def stop(self) -> None:
         """Stop following; no event comes after this."""
+        self.asked.set()
         for task in self._tasks:
             task.cancel()
         self._proof.close()
@@ -73,4 +78,5 @@ class RankWatch:
 
     async def _says_hello(self) -> bool:
         hello = await outcome_within(self.handle.hello.remote(), _HELLO_TIMEOUT_S)
+        self.asked.set()
         return isinstance(hello, Answered) and hello.value["incarnation"] == self.record.incarnation

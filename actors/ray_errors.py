@@ -7,6 +7,7 @@ ended (a node cut off looks dead), so both mean no more than "no answer".
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,11 @@ from typing import Any, Generic, Literal, TypeVar
 
 import ray.exceptions
 
+from configs.errors import TidegateError
+
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 #: died: Ray will never reach this actor again. unavailable: perhaps later; the call may or may not have been executed.
 #: late: no answer within the time. error: the method raised.
@@ -45,6 +50,7 @@ async def outcome_of(call: Awaitable[T]) -> Answered[T] | CallFailed:
     except ray.exceptions.ActorUnavailableError:
         return CallFailed("unavailable", "Ray cannot reach the actor")
     except ray.exceptions.RayTaskError as error:
+        log.warning("a remote method has failed: %s", error)
         return CallFailed("error", _one_line(error.cause))
     except ray.exceptions.RayError as error:
         return CallFailed("unavailable", type(error).__name__)
@@ -70,6 +76,10 @@ def gcs_failures_as_os_errors() -> Iterator[None]:
 
 
 def _one_line(cause: Any) -> str:
-    """Type and first line of what a remote method raised."""
-    lines = str(cause).strip().splitlines()
-    return f"{type(cause).__name__}: {lines[0][:200]}" if lines else type(cause).__name__
+    """What a remote method raised, as a caller may read it: its type, and the first line of an error made to be told.
+
+    Others hold whatever was in their way: paths, addresses, values.
+    """
+    name = type(cause).__name__
+    lines = cause.message.strip().splitlines() if isinstance(cause, TidegateError) else []
+    return f"{name}: {lines[0][:200]}" if lines else name

@@ -77,6 +77,14 @@ class Roster:
         self._watch(record, handle, proof, is_answering=False)
         return True
 
+    async def until_asked(self, timeout_s: float) -> None:
+        """Until every restored incarnation has given its first sign of life or failed to, at most `timeout_s`."""
+        waits = [asyncio.ensure_future(watch.asked.wait()) for watch in self._watches.values()]
+        if waits:
+            await asyncio.wait(waits, timeout=timeout_s)
+        for wait in waits:
+            wait.cancel()
+
     def forget(self, incarnation: str) -> None:
         """Take back an `admit`."""
         watch = self._watches.pop(incarnation, None)

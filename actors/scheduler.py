@@ -44,6 +44,8 @@ EXIT_ENGINE_DIED = 70
 _CPU_ENGINE_NICENESS = 5
 #: for the last words of a dying rank to reach its clients
 _LAST_WORDS_MS = 200
+#: for the step under way at a stop; the replica that asked for it waits 2 s, then ends the process
+_LAST_STEP_S = 1.5
 
 
 class SchedulerActor:
@@ -122,13 +124,21 @@ class SchedulerActor:
         self._report()
 
     async def stop(self) -> None:
-        """Leave at once: connections close, so the Apis send requests without a token elsewhere. Twice is once."""
+        """Leave at once: connections close, so the Apis send requests without a token elsewhere. Twice is once.
+
+        Returns when the engine thread has ended, or, if its step takes longer, after 1.5 s.
+        """
         if self._is_stopping:
             return
         self._is_stopping = True
-        if self._registered is not None:
-            self._engine.loop.stop()
+        if self._registered is None:
+            await self._close()
+            return
+        self._engine.loop.stop()
         await self._close()
+        await asyncio.to_thread(self._thread.join, _LAST_STEP_S)
+        if self._thread.is_alive():
+            log.warning("rank %d: the step under way did not end within %.1f s of the stop", self._rank, _LAST_STEP_S)
 
     # --- control: always answers --------------------------------------------------------------------------------------
 
@@ -157,12 +167,13 @@ class SchedulerActor:
         """
         return await self._flushes.flush(command)
 
-    async def close_flush(self, flush_id: str, term: int) -> FlushVerdict:
+    async def close_flush(self, flush_id: str, index: int, term: int) -> FlushVerdict:
         """For a controller that took over, or whose caller cancels: what became of a flush.
 
-        Ends it if it has not begun; if it never came it will not be taken in any more.
+        index: of its intent in the control log.  Ends it if it has not begun; if it never came it will not be taken in
+        any more.
         """
-        return await self._flushes.close(flush_id, term)
+        return await self._flushes.close((flush_id, index), term)
 
     async def abort(self, command: AbortCommand) -> dict[str, Any]:
         """End requests within one step. Answers {num_aborted}: those that were open here; 0 if it comes too late."""
@@ -183,6 +194,7 @@ class SchedulerActor:
             rank=rank,
             lineage=registered.lineage if registered is not None else "",
             epoch=self._engine.loop.snapshot().epoch,
+            page_nonce=self._words.nonce,
         )
         return self._record
 
@@ -209,7 +221,15 @@ class SchedulerActor:
 
     def _hand_over(self, outputs: list[Output]) -> None:
         """Engine thread: one call into the loop per step, whatever the number of tokens."""
-        self._loop.call_soon_threadsafe(self._deliver, outputs)
+        self._call_loop(self._deliver, outputs)
+
+    def _call_loop(self, function: Callable[..., None], *args: object) -> None:
+        """Any thread. A step that outlives `stop` may find the loop closed; nobody waits for its outcome."""
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:
+            if not self._is_stopping:
+                raise
 
     def _deliver(self, outputs: list[Output]) -> None:
         if not self._is_stopping:
@@ -220,7 +240,7 @@ class SchedulerActor:
         """Whichever thread ended it."""
         log.info("flush %s (%s): %s %s", verdict.flush_id, pending.command.mode, verdict.status, verdict.message)
         waited_s = verdict.waited_ms / 1000
-        self._loop.call_soon_threadsafe(self._metrics.flush_ended, pending.command.mode, verdict.status, waited_s)
+        self._call_loop(self._metrics.flush_ended, pending.command.mode, verdict.status, waited_s)
 
     def _flush_refused(self, command: FlushCommand, verdict: FlushVerdict) -> None:
         self._metrics.flush_ended(command.mode, verdict.status, 0.0)
@@ -244,6 +264,8 @@ class SchedulerActor:
         except BaseException:
             # The process edge: whatever it was, a rank without its engine must not look alive.
             log.critical("the engine thread has died", exc_info=True)
+            if self._is_stopping:
+                return  # its clients were let go, and whoever stopped it ends the process
             asyncio.run_coroutine_threadsafe(self._die(), self._loop)
 
     async def _die(self) -> None:

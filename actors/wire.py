@@ -39,6 +39,8 @@ class Refused(msgspec.Struct, frozen=True, tag="refused", array_like=True):
     incarnation: str
     request_id: str
     reason: str
+    #: of the request that is refused
+    attempt: int = 0
 
 
 ToRank = Submit | Abort

@@ -11,7 +11,7 @@ import platform
 import resource
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 #: one run of a case: figures by name, in the unit the name ends with
@@ -29,14 +29,22 @@ def alternate(cases: Mapping[str, Case], num_runs: int = 5) -> dict[str, dict[st
     return results
 
 
-def report(title: str, results: Mapping[str, Mapping[str, list[float]]]) -> None:
-    """Every run and its median as a table, then one JSON line with the same and the machine."""
+#: (beginning of the case's name, figure, its greatest median)
+Target = tuple[str, str, float]
+
+
+def report(title: str, results: Mapping[str, Mapping[str, list[float]]], targets: Sequence[Target] = ()) -> None:
+    """Every run and its median as a table, the targets as met or missed, then one JSON line with all of it."""
     print(f"{title} ({describe_machine()})")
     for case, figures in results.items():
         for figure, values in figures.items():
             runs = " ".join(f"{value:10.3f}" for value in values)
             print(f"  {case + ' ' + figure:<58} median {median(values):10.3f}   runs {runs}")
     medians = {case: {name: median(runs) for name, runs in figures.items()} for case, figures in results.items()}
+    for beginning, figure, limit in targets:
+        for case in (case for case in medians if case.startswith(beginning)):
+            reached = medians[case][figure]
+            print(f"  {'met' if reached <= limit else 'MISSED'}: {case} {figure} {reached:.3f}, at most {limit:g}")
     print(json.dumps({"benchmark": title, "machine": describe_machine(), "commit": commit(), "medians": medians,
                       "runs": results}))  # fmt: skip
 

@@ -192,6 +192,22 @@ class DeviceCache:
         self.num_dropped_pages += freed
         return Swapped(freed, self._num_fenced)
 
+    def begin_anew(self) -> None:
+        """After a violation: a pool and an index that know nothing of before, and no open hold.
+
+        Who had one finds it closed and must not use its pages any more. Nothing of the old state is read, which may
+        have one page in two hands or a page that does not exist. The epoch stays, the tree generation rises.
+        """
+        for hold in self.holds:
+            hold.is_closed = True
+        self.holds.clear()
+        self.num_dropped_pages += self.index.num_pages
+        self.pool = PagePool(self.num_pages)
+        self.index = PrefixIndex(self.page_size)
+        self.retired.clear()
+        self.generation = TreeGeneration(self.generation + 1)
+        self._num_private = self._num_fenced = 0
+
     def drop_namespace(self, namespace: Namespace) -> Dropped:
         """Drop one namespace; its open holds go on as fenced. O(open holds + their pages)."""
         return self._drop(NamespaceScope(namespace))

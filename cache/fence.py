@@ -8,6 +8,7 @@ from __future__ import annotations
 from cache.node_table import NodeId
 from cache.pages import PAGE_ID_BYTES, PageIds
 from cache.prefix_index import PrefixIndex
+from cache.stems import StemId
 
 
 class FencedSpan:
@@ -29,23 +30,24 @@ def fence_path(index: PrefixIndex, node: NodeId, spans: dict[NodeId, FencedSpan]
     """Move the pages of a pinned node and all above it out of the index; the caller owns the span returned.
 
     spans: what was fenced by the same flush already; extended. A node that several holds pin is moved once.
-    O(nodes not yet moved).
+    O(nodes on the path).
     """
-    bottom = span = _span_of(index, node, spans)
+    stem = index.stem_of(node)
+    bottom = span = _span_of(index, node, stem, spans)
     bottom.num_owners += 1
     above = index.table.parents[node]
     while span.num_owners == 1 and above >= 0:  # more owners: everything above is counted already
-        span.above = _span_of(index, NodeId(above), spans)
+        span.above = _span_of(index, NodeId(above), stem, spans)
         span = span.above
         span.num_owners += 1
         above = index.table.parents[above]
     return bottom
 
 
-def _span_of(index: PrefixIndex, node: NodeId, spans: dict[NodeId, FencedSpan]) -> FencedSpan:
+def _span_of(index: PrefixIndex, node: NodeId, stem: StemId, spans: dict[NodeId, FencedSpan]) -> FencedSpan:
     span = spans.get(node)
     if span is None:
-        span = spans[node] = FencedSpan(index.take_pages(node))
+        span = spans[node] = FencedSpan(index.take_pages(node, stem))
     return span
 
 

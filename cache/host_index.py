@@ -39,7 +39,7 @@ class HostIndex:
     def find(self, keys: KeyArray) -> NDArray[np.int64]:
         """For each key the slot that may hold it, or -1. About 40 us for 512 keys.
 
-        Two keys with one tag in one bucket (1 in 2.7e8 look-ups) hide each other: to a reader that is a miss.
+        Of two keys with one tag in one bucket a reader finds one; the tier lets no two such in.
         """
         num_keys = len(keys)
         words = self._buckets.take(self._both_buckets(keys), axis=0)
@@ -51,7 +51,7 @@ class HostIndex:
         return slots
 
     def candidates(self, key: bytes) -> list[tuple[int, int]]:
-        """(position, slot) of every word that may stand for `key`. Exact where `find` may hide one of two."""
+        """(position, slot) of every word that may stand for `key`, also of those of which `find` would see one."""
         tag = key_words(key)[1] >> 32
         return [
             (begin + offset, (word & _LOW_MASK) - 1)

@@ -90,8 +90,11 @@ class NodeTable:
     def shrink(self, budget: int) -> int:
         """Take rows off the end until `budget` is used up; returns what is left of it (0: call again).
 
-        For tables nobody uses any more. One unit is a row, a child link, or 64 KiB of an edge.
+        For tables nobody uses any more. One unit is a vacancy, a row, a child link, or 64 KiB of an edge.
         """
+        num_vacancies = min(budget, len(self._vacant))
+        del self._vacant[len(self._vacant) - num_vacancies :]
+        budget -= num_vacancies
         edges, children = self.edges, self.children
         while budget > 0 and edges:
             links = children[-1]

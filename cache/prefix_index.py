@@ -313,9 +313,10 @@ class PrefixIndex:
         self.num_pages -= num_pages
         return num_pages
 
-    def take_pages(self, node: NodeId) -> PageIds:
+    def take_pages(self, node: NodeId, stem: StemId) -> PageIds:
         """Move the pages of a pinned node out of the index for good: they go on as fenced pages, owned elsewhere.
 
+        stem: the node's own, which takes a walk to the top to find and is the same for a whole path.
         The caller drops the node's stem, or gives the whole index up, before anything is matched.
         """
         pages = self.table.pages[node]
@@ -323,7 +324,7 @@ class PrefixIndex:
         self.table.pages[node] = b""
         self.table.owners[node] = 0
         self.num_pinned -= num_pages
-        self._count(self.stem_of(node), -num_pages)
+        self._count(stem, -num_pages)
         return pages
 
     def shrink(self, budget: int) -> int:

@@ -120,6 +120,9 @@ class StemTable:
 
     def shrink(self, budget: int) -> int:
         """Take rows off a table nobody uses any more; returns what is left of the budget (0: call again)."""
+        num_vacancies = min(budget, len(self._vacant))
+        del self._vacant[len(self._vacant) - num_vacancies :]
+        budget -= num_vacancies
         num_left = max(0, len(self.spaces) - budget)
         budget -= len(self.spaces) - num_left
         for column in (self.births, self.num_pages, self._numbers, self.spaces, self.first_pages):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configs.errors import ConfigError
-from configs.schema import Settings
+from configs.schema import EngineSettings, Settings
 
 GIB = 1024**3
 #: KV memory of a CPU rank when the settings name none: enough for the demo model, harmless on a laptop
@@ -46,8 +46,6 @@ class Resolved:
     rank_resources: dict[str, float]
     #: torch threads of one rank
     threads: int
-    #: KV memory of one rank in bytes; None: the rank takes its share of what the weights leave on its GPU
-    kv_memory_bytes: int | None
     #: admin routes answer nobody: the server listens beyond loopback and no admin key is set
     admin_is_closed: bool
 
@@ -62,7 +60,7 @@ def resolve(settings: Settings, hardware: Hardware) -> tuple[Resolved, tuple[str
     rank_resources = rank_resources_of(settings, device)
     _check_shape(settings, hardware, rank_resources, device)
     threads = _threads(settings, hardware, device, notes)
-    kv_memory_bytes = _kv_memory(settings, hardware, device)
+    _check_kv_memory(settings, hardware, device)
     admin_is_closed = settings.api.admin_key is None and not is_loopback(settings.api.host)
     if admin_is_closed:
         notes.append(f"admin routes are closed: {settings.api.host} is not loopback and api.admin_key is not set")
@@ -70,11 +68,14 @@ def resolve(settings: Settings, hardware: Hardware) -> tuple[Resolved, tuple[str
         notes.append(_proxy_note(settings))
     engine = settings.engine.model_copy(update={"device": device, "threads": threads})
     settled = settings.model_copy(update={"engine": engine, "state_dir": settings.resolved_state_dir})
-    return Resolved(settled, device, rank_resources, threads, kv_memory_bytes, admin_is_closed), tuple(notes)
+    return Resolved(settled, device, rank_resources, threads, admin_is_closed), tuple(notes)
 
 
 def is_loopback(host: str) -> bool:
-    """True if nobody outside this machine can reach `host`. A name other than localhost counts as reachable."""
+    """True if nobody outside this machine can reach, or speaks from, `host`.
+
+    A name other than localhost does not count: it may resolve to anything.
+    """
     if host == "localhost":
         return True
     try:
@@ -131,15 +132,20 @@ def _threads(settings: Settings, hardware: Hardware, device: str, notes: list[st
     return threads
 
 
-def _kv_memory(settings: Settings, hardware: Hardware, device: str) -> int | None:
+def kv_memory_bytes(engine: EngineSettings, device: str) -> int | None:
+    """KV memory of one rank; None: its share of what the weights leave on its GPU. device: a type, `cpu` or another."""
+    if engine.kv_memory_gb is not None:
+        return int(engine.kv_memory_gb * GIB)
+    return int(CPU_KV_MEMORY_GB * GIB) if device == "cpu" else None
+
+
+def _check_kv_memory(settings: Settings, hardware: Hardware, device: str) -> None:
     engine = settings.engine
     if engine.num_pages is not None and engine.kv_memory_gb is not None:
         raise ConfigError("engine.num_pages and engine.kv_memory_gb are both set; they say the same thing: keep one")
-    if engine.num_pages is not None:
-        return None
-    if device == "cuda":
-        return None if engine.kv_memory_gb is None else int(engine.kv_memory_gb * GIB)
-    each = int((engine.kv_memory_gb or CPU_KV_MEMORY_GB) * GIB)
+    each = kv_memory_bytes(engine, device)
+    if engine.num_pages is not None or device != "cpu" or each is None:
+        return
     ranks_per_node = math.ceil(settings.dp / hardware.num_nodes)
     limit = int(hardware.memory_bytes * CPU_KV_MEMORY_SHARE)
     if each * ranks_per_node > limit:
@@ -147,4 +153,3 @@ def _kv_memory(settings: Settings, hardware: Hardware, device: str) -> int | Non
             f"{ranks_per_node} ranks of {each / GIB:.2f} GiB KV need {each * ranks_per_node / GIB:.2f} GiB on a node; "
             f"{limit / GIB:.2f} GiB is the most it can give: lower engine.kv_memory_gb or dp"
         )
-    return each

@@ -77,7 +77,8 @@ class ApiSettings(_Settings):
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * 1024 * 1024
     #: requests of the inference routes must carry it when set
     api_key: SecretStr | None = None
-    #: admin routes must carry it when set; without one they are closed as soon as `host` is not loopback
+    #: admin routes must carry it when set; without one they are closed as soon as `host` is not loopback, and to
+    #: callers of other machines in any case
     admin_key: SecretStr | None = None
 
 

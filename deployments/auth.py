@@ -1,18 +1,20 @@
 """Who may call what. Two keys: one for inference, one for administration; compared in constant time.
 
 Without an admin key the admin routes are open on a loopback address only (to holders of the inference key, when one is
-set). As soon as the server listens beyond loopback they are closed until an admin key is configured.
+set). As soon as the server listens beyond loopback they are closed until an admin key is configured. Serve's own
+setting says where its proxy listens, and another file may hold it: so a caller of another machine is refused as well,
+whatever `host` says.
 """
 
 from __future__ import annotations
 
 import hmac
-import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from configs.errors import Forbidden, Unauthorized
+from configs.resolve import is_loopback
 
 #: open: anybody. inference: users. admin: whoever may change the server's state.
 Access = Literal["open", "inference", "admin"]
@@ -27,21 +29,22 @@ class Keys:
     #: the address that the server listens on
     host: str = "127.0.0.1"
 
-    def check(self, access: Access, headers: Mapping[str, str]) -> None:
+    def check(self, access: Access, headers: Mapping[str, str], peer: str | None = None) -> None:
         """Raise Unauthorized (no valid key) or Forbidden (a valid one without the right).
 
-        headers: of an HTTP request or gRPC metadata, names in lower case.
+        headers: of an HTTP request or gRPC metadata, names in lower case. peer: address of the caller, "" if the
+        transport does not tell; None where the door itself has bound `host`.
         """
         if access == "open":
             return
         given = _bearer(headers.get("authorization", ""))
         if access == "admin":
             _refuse_foreign_pages(headers)
-            self._check_admin(given)
+            self._check_admin(given, peer)
         elif self.api_key is not None and not (_same(given, self.api_key) or _same(given, self.admin_key)):
             raise Unauthorized("this route needs a key: Authorization: Bearer <key>")
 
-    def _check_admin(self, given: str) -> None:
+    def _check_admin(self, given: str, peer: str | None) -> None:
         if self.admin_key is not None:
             if _same(given, self.admin_key):
                 return
@@ -53,18 +56,13 @@ class Keys:
                 f"the server listens on {self.host}, beyond loopback, and has no admin key; "
                 "admin routes are closed until one is set (configs: api.admin_key)"
             )
+        if peer is not None and not is_loopback(peer):
+            raise Forbidden(
+                "the server has no admin key, so admin routes answer callers of its own machine only "
+                "(configs: api.admin_key)"
+            )
         if self.api_key is not None and not _same(given, self.api_key):
             raise Unauthorized("this route needs a key: Authorization: Bearer <key>")
-
-
-def is_loopback(host: str) -> bool:
-    """True if only processes of this machine can reach a server that listens on `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False  # a name: it may resolve to anything
 
 
 def _refuse_foreign_pages(headers: Mapping[str, str]) -> None:

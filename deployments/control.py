@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from actors.flush_request import FLOOR_FIRST_MODES
 from actors.messages import Membership
 from actors.ray_errors import Answered, CallFailed, outcome_within
 from configs.errors import ControlUnavailable, ServiceError
 from configs.schema import ControlSettings
+from engine.flush import STEP_MODES
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ class ControllerClient:
         is_number = isinstance(timeout_s, int | float) and 0 <= timeout_s <= self._settings.max_timeout_s
         budget_s = float(timeout_s) if isinstance(timeout_s, int | float) and is_number else 0.0
         mode = arguments.get("mode")
-        if isinstance(mode, str) and mode in FLOOR_FIRST_MODES:
+        if isinstance(mode, str) and mode in STEP_MODES:
             budget_s = max(budget_s, self._settings.step_grace_s)
         return budget_s + self._settings.answer_slack_s
 

@@ -6,8 +6,10 @@ fleet, what it asks of the control plane goes through the controller.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import secrets
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
@@ -58,8 +60,13 @@ class ApiCore:
     admission: Admission
     #: draws a seed in [0, 2^63) for a request that named none
     draw_seed: Callable[[], int] = lambda: secrets.randbits(63)
+    #: draws a request's attempt. A client may send an id again as soon as the first stream has ended, while its rank
+    #: still computes for it: counted from the time of day in ns, no two requests of an id ever share an attempt
+    next_attempt: Callable[[], int] = field(default_factory=lambda: itertools.count(time.time_ns()).__next__)
     router: Router = field(default_factory=Router)
     counters: ApiCounters = field(default_factory=ApiCounters)
+    #: rank -> outputs that came from it
+    num_outputs: Counter[int] = field(default_factory=Counter)
     #: ids of the requests in flight here
     _inflight: set[str] = field(default_factory=set)
 
@@ -174,6 +181,15 @@ class ApiCore:
                 async for piece in pieces:
                     yield piece
 
+    async def probe(self, job: SequenceJob) -> None:
+        """Generate one sequence and drop it. Outside the admission's count: a full server is a healthy one.
+
+        Raises as `stream`, but never Overloaded.
+        """
+        async with aclosing(self._sequence(job, 0)) as pieces:
+            async for _ in pieces:
+                pass
+
     async def abort(self, request_id: str | None) -> dict[str, Any]:
         """End one request by its exact id, all its sequences with it; None: every request of every rank.
 
@@ -206,7 +222,7 @@ class ApiCore:
         request = self._request(job)
         floor = self.fleet.members().floor
         lost: frozenset[str] = frozenset()
-        while True:
+        for num_tries in itertools.count(1):
             is_begun = False
             try:
                 with self.router.placed(
@@ -217,20 +233,21 @@ class ApiCore:
                         async for output in outputs:
                             is_begun = True
                             self._refuse_stale(output, floor)
+                            self.num_outputs[member.rank] += 1
                             yield output, member.rank
                 return
             except RankLost as error:
-                if is_begun or request.attempt + 1 >= MAX_ATTEMPTS:
+                if is_begun or num_tries >= MAX_ATTEMPTS:
                     raise
-                log.warning("request_id=%s attempt=%d lost: %s", request.request_id, request.attempt, error.message)
+                log.warning("request_id=%s try=%d lost: %s", request.request_id, num_tries, error.message)
                 self.counters.num_resent += 1
-                request = replace(request, attempt=request.attempt + 1)
+                request = replace(request, attempt=self.next_attempt())
 
     def _request(self, job: SequenceJob) -> Request:
         sampling = job.sampling
         if sampling.seed is None:
             sampling = replace(sampling, seed=self.draw_seed())
-        return Request(job.request_id, job.tokens, sampling, job.namespace)
+        return Request(job.request_id, job.tokens, sampling, job.namespace, self.next_attempt())
 
     def _refuse_stale(self, output: Output, floor: int) -> None:
         """The proof of the flush promise: no answer may rest on KV below the floor known when it was asked for."""

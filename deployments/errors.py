@@ -18,10 +18,11 @@ _UNEXPECTED = "the server failed to answer this request; its log has the reason"
 class TransportError(RequestError):
     """The HTTP request itself is off (method, content type, encoding), before any field of ours."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, param: str | None = None) -> None:
         Exception.__init__(self, status, message)
         self.message = message
-        self.param = None
+        #: the header to blame
+        self.param = param
         self.status = status
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine.flush import GOOD_VERDICTS
+from actors.flush_run import LIVING_VERDICTS, is_good_verdict
 
 #: SGLang's text on success, unchanged since its first version
 FLUSHED_TEXT = (
@@ -18,8 +18,6 @@ FLUSHED_TEXT = (
     "(When there are running or waiting requests, the operation will not be performed.)\n"
 )
 FAILED_TEXT = "Flush cache failed.\n"
-
-_LIVING = frozenset({"flushed", "fenced", "joined"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +47,11 @@ def is_success(answer: Mapping[str, Any]) -> bool:
     """True only if the controller says so and no row of a rank or tier says otherwise."""
     ranks = [row.get("status") for row in answer.get("ranks") or ()]
     tiers = [row.get("status") for row in answer.get("host_tiers") or ()]
-    is_fence = answer.get("mode") == "fence"
     return (
         answer.get("success") is True
-        and all(_is_good(status, is_fence) for status in (*ranks, *tiers))
-        and any(status in _LIVING for status in ranks)
+        and all(is_good_verdict(status, answer.get("mode")) for status in (*ranks, *tiers))
+        and any(status in LIVING_VERDICTS for status in ranks)
     )
-
-
-def _is_good(status: object, is_fence: bool) -> bool:
-    return status in GOOD_VERDICTS and (status != "fenced" or is_fence)
 
 
 def _failure_status(answer: Mapping[str, Any]) -> int:

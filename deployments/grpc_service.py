@@ -6,11 +6,9 @@ a traceback, a pid or a path.
 
 from __future__ import annotations
 
-import hashlib
-import io
+import asyncio
 import json
 import logging
-import zipfile
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -21,28 +19,24 @@ import grpc
 from google.protobuf.message import Message
 
 from actors.flush_request import seconds
-from configs.errors import InvalidField, NotOffered, ServiceError
+from configs.errors import InvalidField, NoRank, NotOffered, ServiceError
 from deployments import facts
 from deployments.auth import Access, Keys
 from deployments.core import ApiCore
 from deployments.errors import as_tidegate_error
 from deployments.flush_surfaces import judge
 from deployments.grpc_generate import body_of, chunk, complete
-from deployments.load_rows import LOAD_SECTIONS, load_row
+from deployments.load_rows import LOAD_SECTIONS, loads_of
 from deployments.native_jobs import native_jobs
 from deployments.protos import RPCS, common, scheduler
 from deployments.sequences import Answer, collected
+from deployments.tokenizer_archive import tokenizer_archive
 
 log = logging.getLogger(__name__)
 
 #: left of the caller's deadline for the answer to travel back
 _WAY_BACK_S = 0.05
 _TOKENIZER_CHUNK_BYTES = 64 * 1024
-#: what a gateway needs to build the tokenizer; weights are none of its business
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "config.json", "generation_config.json",
-)  # fmt: skip
 
 
 class DeadlinePassed(ServiceError):
@@ -95,8 +89,8 @@ class GrpcService:
             "GetModelInfo": ("inference", self.get_model_info),
             "GetServerInfo": ("inference", self.get_server_info),
             "GetLoads": ("inference", self.get_loads),
-            # Whoever knows a request's id may end it: gateways do that for their clients and send no key.
-            "Abort": ("inference", self.abort),
+            # as /abort_request: it ends requests of other clients
+            "Abort": ("admin", self.abort),
             "FlushCache": ("admin", self.flush_cache),
         }
         if name not in handlers:
@@ -172,20 +166,21 @@ class GrpcService:
         return response
 
     async def get_loads(self, request: scheduler.GetLoadsRequest, call: Call) -> Message:
+        """What every rank, or the one asked for, has to do now. UNAVAILABLE if one of them does not answer."""
         sections = frozenset(request.include) or frozenset({"core"})
         unknown = sorted(sections - LOAD_SECTIONS - {"all"})
         if unknown:
             raise InvalidField(f"include: there is no section {unknown[0][:40]!r}", "include")
-        status = await self.core.controller.status()
-        ranks = status.get("ranks") or []
-        rows = [load_row(row, LOAD_SECTIONS if "all" in sections else sections | {"core"}) for row in ranks]
-        if request.HasField("dp_rank"):
-            rows = [row for row in rows if row["dp_rank"] == request.dp_rank]
+        wanted = str(request.dp_rank) if request.HasField("dp_rank") else None
+        shown = LOAD_SECTIONS if "all" in sections else sections | {"core"}
+        loads = loads_of(await self.core.controller.status(), shown, wanted)
+        if loads.message:
+            raise NoRank(loads.message)
         return scheduler.GetLoadsResponse(
             timestamp=datetime.now(UTC).isoformat(),
             version=self.version,
-            dp_rank_count=len(ranks),
-            loads=[_load(row) for row in rows if "num_running_reqs" in row],
+            dp_rank_count=loads.num_ranks,
+            loads=[_load(row) for row in loads.rows],
         )
 
     async def generate(self, request: scheduler.GenerateRequest, call: Call) -> AsyncGenerator[Message, None]:
@@ -208,22 +203,11 @@ class GrpcService:
 
     async def get_tokenizer(self, request: common.GetTokenizerRequest, call: Call) -> AsyncGenerator[Message, None]:
         """The tokenizer's files as one zip, in chunks; the last one carries the digest of the whole."""
-        archive = self._tokenizer_zip()
-        digest = hashlib.sha256(archive).hexdigest()
+        archive, digest = await asyncio.to_thread(tokenizer_archive, self.core.tokenizer.directory)
         for begin in range(0, len(archive), _TOKENIZER_CHUNK_BYTES):
             data = archive[begin : begin + _TOKENIZER_CHUNK_BYTES]
             is_last = begin + len(data) == len(archive)
             yield common.GetTokenizerChunk(data=data, sha256=digest if is_last else "")
-
-    def _tokenizer_zip(self) -> bytes:
-        """The same bytes for the same files: entries carry no time of their own."""
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name in _TOKENIZER_FILES:
-                path = self.core.tokenizer.directory / name
-                if path.is_file():
-                    archive.writestr(zipfile.ZipInfo(name), path.read_bytes(), zipfile.ZIP_DEFLATED)
-        return buffer.getvalue()
 
 
 def _not_offered(name: str) -> NotOffered:
@@ -232,9 +216,9 @@ def _not_offered(name: str) -> NotOffered:
 
 
 def _load(row: Mapping[str, Any]) -> scheduler.SchedulerLoad:
-    names = ("dp_rank", "num_running_reqs", "num_waiting_reqs", "num_total_reqs", "num_used_tokens",
-             "max_total_num_tokens", "token_usage", "gen_throughput", "cache_hit_rate", "utilization",
-             "max_running_requests")  # fmt: skip
+    names = ("dp_rank", "num_running_reqs", "num_waiting_reqs", "num_waiting_uncached_tokens", "num_total_reqs",
+             "num_used_tokens", "max_total_num_tokens", "token_usage", "gen_throughput", "cache_hit_rate",
+             "utilization", "max_running_requests")  # fmt: skip
     load = scheduler.SchedulerLoad(**{name: row[name] for name in names})
     if "memory" in row:
         load.memory.CopyFrom(scheduler.MemoryMetrics(**row["memory"]))

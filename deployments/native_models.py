@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from deployments.bodies import (
+    NO_GRAMMAR,
+    OFF,
     Body,
-    ListOf,
     NamespaceText,
     Neutral,
     Penalty,
@@ -18,41 +19,46 @@ from deployments.bodies import (
     StopList,
     StopString,
     TokenIds,
+    few_ids,
     field_error,
 )
 from deployments.sampling_fields import (
-    MAX_SEQUENCES,
     LogitBias,
     MinP,
     NumSequences,
     NumTokens,
     NumTokensOrNone,
+    PerPrompt,
+    PromptIds,
     RepetitionPenalty,
     TopK,
     TopP,
 )
 
-_OFF: Neutral = (None, False, [], {}, "")
-_NO_GRAMMAR = "constrained output is not offered"
 _TEXT_ONLY = "only text is offered"
 
 #: SGLang's own default of max_new_tokens; cut to what the context leaves when the caller named none
 DEFAULT_NEW_TOKENS = 128
 
-NumTopLogprobs = Annotated[int, Field(ge=0, le=128)]
+#: texts, or lists of ids, that /tokenize and /detokenize take at once
+MAX_TEXTS = 2048
+
+StartLen = Annotated[int, Field(ge=-1)]
+NumTopLogprobs = Annotated[int, Field(ge=0, le=20)]
 
 
 class SamplingBody(Body):
     REFUSED: ClassVar[dict[str, tuple[Neutral, str]]] = {
-        "json_schema": (_OFF, _NO_GRAMMAR),
-        "regex": (_OFF, _NO_GRAMMAR),
-        "ebnf": (_OFF, _NO_GRAMMAR),
-        "structural_tag": (_OFF, _NO_GRAMMAR),
-        "stop_regex": (_OFF, "stop expressions are not offered; use stop"),
-        "custom_params": (_OFF, "custom code in requests is not offered"),
+        "json_schema": (OFF, NO_GRAMMAR),
+        "regex": (OFF, NO_GRAMMAR),
+        "ebnf": (OFF, NO_GRAMMAR),
+        "structural_tag": (OFF, NO_GRAMMAR),
+        "stop_regex": (OFF, "stop expressions are not offered; use stop"),
+        "custom_params": (OFF, "custom code in requests is not offered"),
         "beam_width": ((None, 1), "beam search is not offered"),
+        "spaces_between_special_tokens": ((None, True), "text is shown as the tokenizer writes it"),
     }
-    TOLERATED = frozenset({"spaces_between_special_tokens", "stream_interval"})
+    TOLERATED = frozenset({"stream_interval"})
 
     max_new_tokens: NumTokens | None = None
     min_new_tokens: NumTokensOrNone = 0
@@ -73,27 +79,23 @@ class SamplingBody(Body):
     n: NumSequences = 1
 
 
-Each = Annotated[list[SamplingBody], Field(min_length=1, max_length=MAX_SEQUENCES, fail_fast=True)]
-
-
 class GenerateBody(Body):
     REFUSED: ClassVar[dict[str, tuple[Neutral, str]]] = {
-        "input_embeds": (_OFF, "embeddings as input are not offered; use text or input_ids"),
-        "image_data": (_OFF, _TEXT_ONLY),
-        "video_data": (_OFF, _TEXT_ONLY),
-        "audio_data": (_OFF, _TEXT_ONLY),
+        "input_embeds": (OFF, "embeddings as input are not offered; use text or input_ids"),
+        "image_data": (OFF, _TEXT_ONLY),
+        "video_data": (OFF, _TEXT_ONLY),
+        "audio_data": (OFF, _TEXT_ONLY),
         "modalities": ((None, [], ["text"]), _TEXT_ONLY),
-        "logprob_start_len": ((None, -1, [-1]), "log-probabilities of the prompt are not offered"),
-        "token_ids_logprob": (_OFF, "log-probabilities of chosen tokens are not offered; use top_logprobs_num"),
-        "return_hidden_states": (_OFF, "hidden states are not offered"),
-        "return_entropy": (_OFF, "the entropy of the distribution is not offered"),
-        "session_params": (_OFF, "server-side sessions are not offered; repeat the prompt, its prefix is cached"),
-        "lora_path": (_OFF, "adapters are not offered"),
-        "lora_id": (_OFF, "adapters are not offered"),
-        "custom_logit_processor": (_OFF, "custom code in requests is not offered"),
+        "token_ids_logprob": (OFF, "log-probabilities of chosen tokens are not offered; use top_logprobs_num"),
+        "return_hidden_states": (OFF, "hidden states are not offered"),
+        "return_entropy": (OFF, "the entropy of the distribution is not offered"),
+        "session_params": (OFF, "server-side sessions are not offered; repeat the prompt, its prefix is cached"),
+        "lora_path": (OFF, "adapters are not offered"),
+        "lora_id": (OFF, "adapters are not offered"),
+        "custom_logit_processor": (OFF, "custom code in requests is not offered"),
         "priority": ((None, 0), "priorities are not offered"),
-        "background": (_OFF, "background requests are not offered"),
-        "return_bytes": (_OFF, "answers are JSON"),
+        "background": (OFF, "background requests are not offered"),
+        "return_bytes": (OFF, "answers are JSON"),
     }
     TOLERATED = frozenset(
         {
@@ -104,13 +106,15 @@ class GenerateBody(Body):
     )  # fmt: skip
 
     model: str = "default"
-    text: str | ListOf[str] | None = None
-    input_ids: TokenIds | ListOf[TokenIds] | None = None
-    sampling_params: SamplingBody | Each | None = None
-    rid: RequestIdText | ListOf[RequestIdText] | None = None
+    text: str | PerPrompt[str] | None = None
+    input_ids: TokenIds | PromptIds | None = None
+    sampling_params: SamplingBody | PerPrompt[SamplingBody] | None = None
+    rid: RequestIdText | PerPrompt[RequestIdText] | None = None
     stream: bool = False
-    return_logprob: bool | ListOf[bool] | None = None
-    top_logprobs_num: NumTopLogprobs | ListOf[NumTopLogprobs] | None = None
+    return_logprob: bool | PerPrompt[bool] | None = None
+    top_logprobs_num: NumTopLogprobs | PerPrompt[NumTopLogprobs] | None = None
+    #: first token whose log-probability is asked for; -1: the first one generated
+    logprob_start_len: StartLen | PerPrompt[StartLen] | None = None
     return_text_in_logprobs: bool = False
     extra_key: NamespaceText | None = None
     data_parallel_rank: Annotated[int, Field(ge=0)] | None = None
@@ -120,6 +124,15 @@ class GenerateBody(Body):
     def _one_kind_of_prompt(self) -> Self:
         if (self.text is None) == (self.input_ids is None):
             raise field_error("text", "exactly one of text and input_ids is needed")
+        return self
+
+    @model_validator(mode="after")
+    def _no_logprobs_of_the_prompt(self) -> Self:
+        """Clients send a start without asking for log-probabilities; it means nothing then."""
+        starts = self.logprob_start_len if isinstance(self.logprob_start_len, list) else [self.logprob_start_len]
+        wanted = self.return_logprob if isinstance(self.return_logprob, list) else [self.return_logprob]
+        if any(wanted) and any(start not in (None, -1) for start in starts):
+            raise field_error("logprob_start_len", f"log-probabilities of the prompt are not offered; got {starts[0]}")
         return self
 
     @property
@@ -132,13 +145,13 @@ class TokenizeBody(Body):
     TOLERATED = frozenset({"return_token_strs"})
 
     model: str = "default"
-    prompt: str | ListOf[str]
+    prompt: str | Annotated[list[str], Field(max_length=MAX_TEXTS, fail_fast=True)]
     add_special_tokens: bool = True
 
 
 class DetokenizeBody(Body):
     model: str = "default"
-    tokens: TokenIds | ListOf[TokenIds]
+    tokens: TokenIds | Annotated[list[TokenIds], Field(max_length=MAX_TEXTS, fail_fast=True), BeforeValidator(few_ids)]
     skip_special_tokens: bool = True
 
 

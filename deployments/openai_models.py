@@ -10,8 +10,9 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from deployments.bodies import (
+    NO_GRAMMAR,
+    OFF,
     Body,
-    ListOf,
     NamespaceText,
     Neutral,
     Penalty,
@@ -29,14 +30,14 @@ from deployments.sampling_fields import (
     NumSequences,
     NumTokens,
     NumTokensOrNone,
+    PerPrompt,
+    PromptIds,
     RepetitionPenalty,
     TopK,
     TopP,
 )
 
-_OFF: Neutral = (None, False, [], {}, "")
 _NO_TOOLS = "tools are not offered"
-_NO_GRAMMAR = "constrained output is not offered"
 _NO_ADAPTERS = "adapters are not offered"
 
 #: OpenAI's own default of /v1/completions
@@ -44,44 +45,50 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 
 class StreamOptions(Body):
+    REFUSED: ClassVar[dict[str, tuple[Neutral, str]]] = {
+        "continuous_usage_stats": (OFF, "usage comes once, in the last chunk"),
+    }
+    TOLERATED = frozenset({"include_obfuscation"})
+
     include_usage: bool = False
-    TOLERATED = frozenset({"include_obfuscation", "continuous_usage_stats"})
 
 
 class OpenAIBody(Body):
     """What the two routes share."""
 
     REFUSED: ClassVar[dict[str, tuple[Neutral, str]]] = {
-        "tools": (_OFF, _NO_TOOLS),
+        "tools": (OFF, _NO_TOOLS),
         "tool_choice": ((None, "none", "auto"), _NO_TOOLS),
-        "functions": (_OFF, _NO_TOOLS),
+        "functions": (OFF, _NO_TOOLS),
         "function_call": ((None, "none", "auto"), _NO_TOOLS),
-        "response_format": ((None, {"type": "text"}), _NO_GRAMMAR),
-        "json_schema": (_OFF, _NO_GRAMMAR),
-        "regex": (_OFF, _NO_GRAMMAR),
-        "ebnf": (_OFF, _NO_GRAMMAR),
-        "structural_tag": (_OFF, _NO_GRAMMAR),
-        "guided_json": (_OFF, _NO_GRAMMAR),
-        "guided_regex": (_OFF, _NO_GRAMMAR),
-        "guided_choice": (_OFF, _NO_GRAMMAR),
-        "guided_grammar": (_OFF, _NO_GRAMMAR),
-        "lora_path": (_OFF, _NO_ADAPTERS),
-        "use_beam_search": (_OFF, "beam search is not offered"),
+        "response_format": ((None, {"type": "text"}), NO_GRAMMAR),
+        "json_schema": (OFF, NO_GRAMMAR),
+        "regex": (OFF, NO_GRAMMAR),
+        "ebnf": (OFF, NO_GRAMMAR),
+        "structural_tag": (OFF, NO_GRAMMAR),
+        "guided_json": (OFF, NO_GRAMMAR),
+        "guided_regex": (OFF, NO_GRAMMAR),
+        "guided_choice": (OFF, NO_GRAMMAR),
+        "guided_grammar": (OFF, NO_GRAMMAR),
+        "lora_path": (OFF, _NO_ADAPTERS),
+        "use_beam_search": (OFF, "beam search is not offered"),
         "length_penalty": ((None, 1, 1.0), "beam search is not offered"),
         "prompt_logprobs": ((None, False), "log-probabilities of the prompt are not offered"),
-        "return_hidden_states": (_OFF, "hidden states are not offered"),
-        "session_params": (_OFF, "server-side sessions are not offered; repeat the conversation, its prefix is cached"),
-        "custom_logit_processor": (_OFF, "custom code in requests is not offered"),
-        "logits_processors": (_OFF, "custom code in requests is not offered"),
+        "return_hidden_states": (OFF, "hidden states are not offered"),
+        "session_params": (OFF, "server-side sessions are not offered; repeat the conversation, its prefix is cached"),
+        "custom_logit_processor": (OFF, "custom code in requests is not offered"),
+        "logits_processors": (OFF, "custom code in requests is not offered"),
         "priority": ((None, 0), "priorities are not offered"),
-        "stop_regex": (_OFF, "stop expressions are not offered; use stop"),
+        "stop_regex": (OFF, "stop expressions are not offered; use stop"),
+        "spaces_between_special_tokens": ((None, True), "text is shown as the tokenizer writes it"),
+        "truncate_prompt_tokens": ((None,), "prompts are not cut"),
+        "return_cached_tokens_details": (OFF, "usage names cached tokens as one number; /generate has the details"),
     }
     TOLERATED = frozenset(
         {
             "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
             "prompt_cache_retention", "parallel_tool_calls", "separate_reasoning", "stream_reasoning",
-            "spaces_between_special_tokens", "truncate_prompt_tokens", "bootstrap_host", "bootstrap_port",
-            "bootstrap_room", "return_routed_experts", "return_cached_tokens_details",
+            "bootstrap_host", "bootstrap_port", "bootstrap_room", "return_routed_experts",
         }
     )  # fmt: skip
 
@@ -130,11 +137,11 @@ class OpenAIBody(Body):
 
 class CompletionBody(OpenAIBody):
     REFUSED = OpenAIBody.REFUSED | {
-        "suffix": (_OFF, "text after the completion is not offered"),
-        "echo": (_OFF, "echoing the prompt is not offered"),
+        "suffix": (OFF, "text after the completion is not offered"),
+        "echo": (OFF, "echoing the prompt is not offered"),
     }
 
-    prompt: str | TokenIds | ListOf[str] | ListOf[TokenIds]
+    prompt: str | TokenIds | PerPrompt[str] | PromptIds
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: NumSequences | None = None
 
@@ -162,15 +169,20 @@ class TextPart(Body):
 
 class Message(Body):
     REFUSED: ClassVar[dict[str, tuple[Neutral, str]]] = {
-        "tool_calls": (_OFF, _NO_TOOLS),
-        "function_call": (_OFF, _NO_TOOLS),
-        "audio": (_OFF, "only text is offered"),
+        "tool_calls": (OFF, _NO_TOOLS),
+        "function_call": (OFF, _NO_TOOLS),
+        "audio": (OFF, "only text is offered"),
     }
     TOLERATED = frozenset({"refusal", "annotations", "reasoning_content", "prefix"})
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | ListOf[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=1024, fail_fast=True)]
     name: Annotated[str, Field(max_length=64)] | None = None
+
+    @property
+    def for_template(self) -> dict[str, str]:
+        """As chat templates read it."""
+        return {"role": self.role, "content": self.text} | ({} if self.name is None else {"name": self.name})
 
     @property
     def text(self) -> str:
@@ -179,14 +191,14 @@ class Message(Body):
 
 class ChatBody(OpenAIBody):
     REFUSED = OpenAIBody.REFUSED | {
-        "audio": (_OFF, "only text is offered"),
+        "audio": (OFF, "only text is offered"),
         "modalities": ((None, ["text"]), "only text is offered"),
-        "prediction": (_OFF, "predicted outputs are not offered"),
-        "web_search_options": (_OFF, "web search is not offered"),
-        "chat_template": (_OFF, "the model's own chat template is used"),
-        "documents": (_OFF, "documents are not offered"),
+        "prediction": (OFF, "predicted outputs are not offered"),
+        "web_search_options": (OFF, "web search is not offered"),
+        "chat_template": (OFF, "the model's own chat template is used"),
+        "documents": (OFF, "documents are not offered"),
     }
-    TOLERATED = OpenAIBody.TOLERATED | {"reasoning_effort", "verbosity", "add_generation_prompt"}
+    TOLERATED = OpenAIBody.TOLERATED | {"reasoning_effort", "verbosity"}
 
     #: 8,192: checking as many takes 50 ms, in which no other stream moves
     messages: Annotated[list[Message], Field(min_length=1, max_length=8192, fail_fast=True)]
@@ -194,6 +206,8 @@ class ChatBody(OpenAIBody):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     continue_final_message: bool = False
+    #: the opposite of `continue_final_message`; clients that set one set both
+    add_generation_prompt: bool | None = None
     #: variables of the model's own template, such as `enable_thinking`
     chat_template_kwargs: dict[str, str | bool | int | float | None] | None = None
 
@@ -201,6 +215,12 @@ class ChatBody(OpenAIBody):
     def _top_logprobs_need_logprobs(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise field_error("top_logprobs", "it is only allowed together with logprobs: true")
+        return self
+
+    @model_validator(mode="after")
+    def _a_turn_is_begun_or_continued(self) -> Self:
+        if self.add_generation_prompt is self.continue_final_message:
+            raise field_error("add_generation_prompt", "it must be the opposite of continue_final_message")
         return self
 
     @property

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -67,14 +68,27 @@ class Rank:
             await self._register(await self._scheduler.renumber.remote(rank.rank))
 
     async def check_health(self) -> None:
-        """Called by Serve; raises when the scheduler hangs. Ends this process when the controller has lost its log."""
+        """Called by Serve; raises when the scheduler hangs. Registers again with a controller that was restarted, and
+        ends this process when the controller has lost its log."""
         hello = await self._scheduler.hello.remote()
         if hello["stalled_s"] > _MAX_STEP_S:
             raise RuntimeError(f"rank {self._rank}: one engine step has taken {hello['stalled_s']:.0f} s")
         about = await outcome_within(self._controller.hello.remote(), _HEALTH_PERIOD_S)
-        if isinstance(about, Answered) and about.value["lineage"] != self._registered.lineage:
+        if isinstance(about, Answered):
+            await self._follow_controller(about.value)
+
+    async def _follow_controller(self, hello: Mapping[str, Any]) -> None:
+        """What the controller says of itself against what it said when this rank registered."""
+        if hello["lineage"] != self._registered.lineage:
             # It does not know this rank and its epochs mean nothing here: only an empty rank may join it.
             _end_process("the controller begins a new lineage")
+        if hello["term"] == self._registered.term:
+            return
+        # It may have found no actor of this rank's name. Without an answer the next check tries again.
+        record = await self._scheduler.renumber.remote(self._rank)
+        again = await outcome_within(self._controller.register.remote(record, self._scheduler), _HEALTH_PERIOD_S)
+        if isinstance(again, Answered):
+            self._registered = again.value
 
     async def __del__(self) -> None:
         """Called by Serve once, at a graceful stop."""

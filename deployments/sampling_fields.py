@@ -5,11 +5,15 @@ OpenAI's routes and SGLang's native one name and default them differently; the r
 
 from __future__ import annotations
 
-from typing import Annotated
+import hashlib
+import struct
+from typing import Annotated, TypeVar
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from deployments.bodies import StopList, StopString
+from deployments.bodies import StopList, StopString, TokenIds, few_ids
+
+T = TypeVar("T")
 
 #: below this, dividing by the temperature overflows and the distribution has one token anyway
 GREEDY_BELOW = 1e-6
@@ -19,6 +23,9 @@ MinP = Annotated[float, Field(ge=0, le=1)]
 RepetitionPenalty = Annotated[float, Field(gt=0, le=2)]
 #: a request may ask for this many sequences in all
 MAX_SEQUENCES = 128
+#: an entry for every prompt of one body
+PerPrompt = Annotated[list[T], Field(min_length=1, max_length=MAX_SEQUENCES, fail_fast=True)]
+PromptIds = Annotated[PerPrompt[TokenIds], BeforeValidator(few_ids)]
 NumSequences = Annotated[int, Field(ge=1, le=MAX_SEQUENCES)]
 NumTokens = Annotated[int, Field(ge=1, le=2**31 - 1)]
 NumTokensOrNone = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -62,8 +69,15 @@ def seed_in_range(seed: int | None) -> int | None:
 
 
 def seed_of_choice(seed: int | None, choice: int) -> int | None:
-    """Choices of one request differ, and differ in the same way when the request is repeated."""
-    return None if seed is None else (seed + choice) % (1 << 63)
+    """Choices of one request differ, and differ in the same way when the request is repeated.
+
+    The first has the seed itself. The others are hashed: with seed + choice, a request's second choice would be the
+    first one of whoever took the next seed.
+    """
+    if seed is None or choice == 0:
+        return seed
+    digest = hashlib.blake2b(struct.pack("<QI", seed, choice), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % (1 << 63)
 
 
 def bias_pairs(bias: dict[str, float] | None) -> tuple[tuple[int, float], ...]:

@@ -108,12 +108,10 @@ class SequenceText:
 class Answer:
     """One sequence's pieces put together."""
 
-    __slots__ = ("_texts", "finish", "logprobs", "num_characters", "rank", "stats", "token_ids")
+    __slots__ = ("finish", "logprobs", "rank", "stats", "text", "token_ids")
 
     def __init__(self) -> None:
-        self._texts: list[str] = []
-        #: length of `text`
-        self.num_characters = 0
+        self.text = ""
         #: one per token id; None when none were asked for
         self.logprobs: list[TokenLogprobs] | None = None
         self.token_ids: list[int] = []
@@ -122,13 +120,8 @@ class Answer:
         self.stats = RequestStats(0, 0, None)
         self.rank = -1
 
-    @property
-    def text(self) -> str:
-        return "".join(self._texts)
-
     def add(self, piece: Piece) -> None:
-        self._texts.append(piece.text)
-        self.num_characters += len(piece.text)
+        self.text += piece.text
         self.token_ids.extend(piece.token_ids)
         if piece.logprobs is not None:
             self.logprobs = self.logprobs or []

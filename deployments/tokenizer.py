@@ -45,6 +45,7 @@ class Tokenizer:
         self._fast.no_padding()
         self._special = {i for i, token in self._fast.get_added_tokens_decoder().items() if token.special}
         self._is_byte_level = isinstance(self._fast.decoder, decoders.ByteLevel)
+        self._fallback_bytes = {} if self._is_byte_level else self._find_fallback_bytes()
         self.token_bytes: Callable[[int], bytes] = lru_cache(maxsize=1 << 18)(self._token_bytes)
 
     @property
@@ -64,7 +65,9 @@ class Tokenizer:
         if self._is_byte_level:
             return ByteTextStream(self._shown_bytes if skip_special_tokens else self.token_bytes)
         context = np.frombuffer(prompt[-64:], dtype="<i4").tolist()
-        return WindowTextStream(lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens), context)
+        return WindowTextStream(
+            lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens), context, self._fallback_bytes.get
+        )
 
     def token_text(self, token_id: int) -> str:
         """One token for display; half a character shows as U+FFFD."""
@@ -97,9 +100,16 @@ class Tokenizer:
             return b""
         if self._is_byte_level:
             return _byte_level_bytes(token)
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes([int(token[3:5], 16)])  # SentencePiece's byte fallback
+        if token_id in self._fallback_bytes:
+            return bytes([self._fallback_bytes[token_id]])
         return self.decode([token_id], skip_special_tokens=False).encode()
+
+    def _find_fallback_bytes(self) -> dict[int, int]:
+        """Token id -> byte, as SentencePiece's byte fallback spells them, if the decoder reads them so."""
+        spelled = {byte: f"<0x{byte:02X}>" for byte in range(256)}
+        ids = {byte: self._fast.token_to_id(token) for byte, token in spelled.items()}
+        is_read = {byte: i is not None and self._fast.decode([i]) != spelled[byte] for byte, i in ids.items()}
+        return {i: byte for byte, i in ids.items() if i is not None and is_read[byte]}
 
     def _shown_bytes(self, token_id: int) -> bytes:
         return b"" if token_id in self._special else self.token_bytes(token_id)

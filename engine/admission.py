@@ -5,49 +5,57 @@ generate is taken page by page later. One page per running request is left alone
 before it has computed anything.
 
 Who begins like a prompt that is being prefilled right now waits until that part is in the cache: after a flush all
-requests with one system prompt would compute it side by side, as would the n answers to one prompt.
+requests with one system prompt would compute it side by side, as would the n answers to one prompt. That is no reason
+for those behind it to wait.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Listed
+from typing import Literal, TypeAlias
 
 from cache.device_cache import DeviceCache, PageCounts
 from cache.page_hold import PageHold
 from engine.sequence import Sequence
 
+#: `no_room`: nobody behind it may take the pages it waits for. `soon_cached`: it needs nothing that others could take.
+Refusal: TypeAlias = Literal["no_room", "soon_cached"]
+
 
 class Admission:
-    """Admits from the front of the queue. Keeps no state but the memory of what was in the way last time."""
+    """Admits one request at a time. Keeps no state but the memory of what was in the way last time."""
 
     def __init__(self, cache: DeviceCache) -> None:
         self._cache = cache
-        #: who did not fit, beside how many, under which counts: the same question gets the same answer without a match
+        #: who found no room, beside how many, and the counts: the same question has the same answer without a match
         self._refused: tuple[Sequence, int, PageCounts] | None = None
 
-    def try_admit(self, sequence: Sequence, running: Listed[Sequence], now_s: float, *, may_match: bool) -> bool:
-        """Match, pin and take pages for all tokens it has; False and nothing changed if it is to wait.
+    def try_admit(
+        self, sequence: Sequence, running: Listed[Sequence], now_s: float, *, may_match: bool
+    ) -> Refusal | None:
+        """Match, pin and take pages for all tokens it has; if it is to wait, the reason, and nothing has changed.
 
         `may_match` False: the lease is over, nothing is looked up.
         """
         question = (sequence, len(running), self._cache.counts())
         if question == self._refused:
-            return False
+            return "no_room"
         # At least one token is computed, or there would be nothing to sample from.
         max_cached = sequence.num_tokens - 1 if may_match else 0
         hold = self._try_open(sequence, max_cached, running, now_s)
-        if hold is None and max_cached and not running:
+        if hold == "no_room" and max_cached and not running:
             # A match in the middle of a long edge pins the whole of it. Alone in the pool, do without the match.
             hold = self._try_open(sequence, 0, running, now_s)
-        if hold is None:
+        if hold == "no_room":
             self._refused = question
-            return False
+        if isinstance(hold, str):
+            return hold
         sequence.admit(hold, now_s)
-        return True
+        return None
 
     def _try_open(
         self, sequence: Sequence, max_cached: int, running: Listed[Sequence], now_s: float
-    ) -> PageHold | None:
+    ) -> PageHold | Refusal:
         cache, num_tokens = self._cache, sequence.num_tokens
         hold = cache.open(sequence.namespace, sequence.token_bytes(num_tokens), max_cached, now_s)
         num_wanted = -(-num_tokens // cache.page_size) - hold.num_cached_tokens // cache.page_size
@@ -58,7 +66,7 @@ class Admission:
         if has_room and not is_soon_cached and cache.try_extend(hold, num_tokens):
             return hold
         cache.close(hold)
-        return None
+        return "soon_cached" if is_soon_cached else "no_room"
 
     def _is_being_computed(self, sequence: Sequence, num_tokens: int, running: Listed[Sequence]) -> bool:
         """Whether somebody's prefill is about to publish the first `num_tokens` tokens of the sequence."""

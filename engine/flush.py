@@ -9,10 +9,15 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
+
+#: flush id and log index of its intent: what makes a flush the same one
+FlushKey: TypeAlias = tuple[str, int]
 
 FlushMode = Literal["wait", "drain", "retract", "abort", "fence"]
 FLUSH_MODES: tuple[FlushMode, ...] = ("wait", "drain", "retract", "abort", "fence")
+#: modes that end within one engine step, busy or not; their budget is at least the grace for one step
+STEP_MODES: frozenset[FlushMode] = frozenset({"retract", "abort", "fence"})
 
 #: what one incarnation (or host tier) answers about one flush; protocol.md section 6
 Verdict = Literal[
@@ -53,11 +58,18 @@ class FlushCommand:
     timeout_s: float = 0.0
     scope: FlushScope | None = None
     dry_run: bool = False
+    #: of the intent in the control log; 0 for a flush that no log knows. The id is the caller's and may come again
+    #: with another intent, a day later; id and index together are one flush
+    index: int = 0
     #: CLOCK_BOOTTIME of the rank's machine in seconds: past it the command is not begun, however long it lay in a
     #: buffer or the rank was frozen (hole H25); never later than what is left of the budget
     valid_until_s: float = math.inf
     #: of a scoped flush: what replaces the scope's part in the keys of pages computed from now on; 0: no scope
     sub_epoch: int = 0
+
+    @property
+    def key(self) -> FlushKey:
+        return self.flush_id, self.index
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,6 @@ class FlushDesk:
         self._bytes_per_page = bytes_per_page
         #: the flush that waits for its instant; the gate may have ended it meanwhile
         self.pending: PendingFlush | None = None
-        self._was_seen = False
         #: epoch and freed pages of the last swap a floor forced; the flush behind it comes later and counts them
         self._floor_swap: tuple[int, int] = (-1, 0)
 
@@ -40,7 +39,6 @@ class FlushDesk:
             return None
         if current is None or current.claim.state != "pending":
             self.pending = newcomer
-            self._was_seen = False
             return None
         if not newcomer.claim.try_claim():
             return None
@@ -59,8 +57,7 @@ class FlushDesk:
         if pending is None:
             return None
         blockers = self._roster.blockers()
-        choice = choose(pending, blockers, is_first_look=not self._was_seen, now_s=now_s)
-        self._was_seen = True
+        choice = choose(pending, blockers, now_s)
         if choice == "wait":
             return None
         self.pending = None
@@ -74,8 +71,6 @@ class FlushDesk:
 
     def _declined(self, pending: PendingFlush, choice: Choice, blockers: Blockers, now_s: float) -> FlushVerdict:
         epoch = self._cache.epoch
-        if choice == "expire":
-            return pending.verdict("expired_command", now_s, epoch, "Came too late.")
         if choice == "time_out":
             return pending.timed_out(now_s, epoch, blockers)
         if choice == "refuse":

@@ -1,4 +1,4 @@
-"""The gate every flush of a rank passes: one pending flush, one end, one verdict per flush id.
+"""The gate every flush of a rank passes: one pending flush, one end, one verdict per flush.
 
 Two threads meet here. The control loop offers, expires and cancels; the engine thread claims and ends. Who ends a
 flush is decided by its `Claim` alone; the gate's lock only guards the slot and the memory of verdicts, and nothing
@@ -18,10 +18,12 @@ from typing import Protocol
 
 from engine.flush import (
     ALREADY_IN_PROGRESS,
+    STEP_MODES,
     TIMED_OUT_WAITING,
     Blockers,
     Claim,
     FlushCommand,
+    FlushKey,
     FlushMode,
     FlushScope,
     FlushVerdict,
@@ -29,10 +31,8 @@ from engine.flush import (
 )
 from engine.snapshot import EngineSnapshot
 
-#: modes that end within one engine step, busy or not
-STEP_MODES: frozenset[FlushMode] = frozenset({"retract", "abort", "fence"})
-#: `timeout_s=0` means now or refuse; "now" still has to reach an engine thread that sleeps. Same as the slack the
-#: controller answers within (configs: control.answer_slack_s).
+#: "now" still has to reach an engine thread that sleeps: on an idle engine no timeout is shorter than this. Same as
+#: the slack the controller answers within (configs: control.answer_slack_s).
 NOW_GRACE_S = 0.05
 TIMED_OUT_STEP = "Timed out waiting for the next step boundary."
 NUM_REMEMBERED_VERDICTS = 256
@@ -143,7 +143,7 @@ def _same_flush(one: FlushCommand, other: FlushCommand) -> bool:
 
 
 class FlushGate:
-    """One optional slot, never a queue, and the last verdicts by flush id. Every method may be called by any thread."""
+    """One optional slot, never a queue, and the last verdicts. Every method may be called by any thread."""
 
     def __init__(self, on_end: Callable[[PendingFlush, FlushVerdict], None] = lambda pending, verdict: None) -> None:
         """`on_end` is called once per flush taken in, by the thread that ended it, after `ended` was resolved."""
@@ -152,9 +152,9 @@ class FlushGate:
         #: the flush that waits for its instant; free as soon as its claim has left `pending`
         self._slot: PendingFlush | None = None
         #: taken in and without a verdict yet; more than one only while a predecessor's verdict is being written
-        self._live: dict[str, PendingFlush] = {}
+        self._live: dict[FlushKey, PendingFlush] = {}
         #: oldest first, at most NUM_REMEMBERED_VERDICTS; no command: withdrawn before it came
-        self._verdicts: OrderedDict[str, tuple[FlushCommand | None, FlushVerdict]] = OrderedDict()
+        self._verdicts: OrderedDict[FlushKey, tuple[FlushCommand | None, FlushVerdict]] = OrderedDict()
         #: highest term seen; commands of lower ones come from a controller that was superseded
         self._term = 0
         self._closed_because: str | None = None
@@ -165,16 +165,16 @@ class FlushGate:
         slot = self._slot
         return slot if slot is not None and slot.claim.state == "pending" else None
 
-    def verdict_of(self, flush_id: str) -> FlushVerdict | None:
+    def verdict_of(self, key: FlushKey) -> FlushVerdict | None:
         """What was answered about a flush, if it is among the last ones."""
         with self._lock:
-            known = self._verdicts.get(flush_id)
+            known = self._verdicts.get(key)
         return known[1] if known else None
 
-    def open_flush(self, flush_id: str) -> PendingFlush | None:
+    def open_flush(self, key: FlushKey) -> PendingFlush | None:
         """A flush that was taken in and has no verdict yet: it waits, or its verdict is being written."""
         with self._lock:
-            return self._live.get(flush_id)
+            return self._live.get(key)
 
     def see_term(self, term: int) -> bool:
         """A controller of this term has spoken, in whatever matter. False: it was superseded by one known here."""
@@ -192,7 +192,7 @@ class FlushGate:
         `valid_until_s` are of this process's clock; late commands are answered `expired_command`, never executed.
         """
         superseded: PendingFlush | None = None
-        pending = self._arrival(command, now_s, valid_until_s)
+        pending = self._arrival(command, now_s, valid_until_s, is_idle=snapshot.is_idle)
         with self._lock:
             known = self._known_answer(pending, now_s, snapshot.epoch)
             if known is not None:
@@ -202,7 +202,7 @@ class FlushGate:
                 if not gives_way(rival.command, command):
                     return self._remember(pending, pending.verdict("busy", now_s, snapshot.epoch, ALREADY_IN_PROGRESS))
                 superseded = rival if rival.claim.try_expire() else None
-            self._slot = self._live[command.flush_id] = pending
+            self._slot = self._live[command.key] = pending
         if superseded is not None:
             reason = f"Gave way to {command.mode} flush {command.flush_id}."
             self.end(superseded, superseded.verdict("superseded", now_s, snapshot.epoch, reason))
@@ -211,7 +211,7 @@ class FlushGate:
     def end(self, pending: PendingFlush, verdict: FlushVerdict) -> None:
         """Record the verdict and tell everyone who waits. Only the winner of the claim may call this, once."""
         with self._lock:
-            self._live.pop(pending.command.flush_id, None)
+            self._live.pop(pending.command.key, None)
             if self._slot is pending:
                 self._slot = None
             self._remember(pending, verdict)
@@ -229,18 +229,18 @@ class FlushGate:
         self.end(pending, verdict)
         return verdict
 
-    def withdraw(self, flush_id: str, now_s: float, snapshot: EngineSnapshot) -> PendingFlush | FlushVerdict:
+    def withdraw(self, key: FlushKey, now_s: float, snapshot: EngineSnapshot) -> PendingFlush | FlushVerdict:
         """What became of a flush; if it has not begun, or not even come, it never will.
 
         A `PendingFlush`: the engine has begun it, `ended` will tell.
         """
         with self._lock:
-            if flush_id in self._verdicts:
-                return self._verdicts[flush_id][1]
-            pending = self._live.get(flush_id)
+            if key in self._verdicts:
+                return self._verdicts[key][1]
+            pending = self._live.get(key)
             if pending is None:
-                verdict = FlushVerdict(flush_id, "refused", "Withdrawn before it came.", epoch=snapshot.epoch)
-                self._keep(None, verdict)
+                verdict = FlushVerdict(key[0], "refused", "Withdrawn before it came.", epoch=snapshot.epoch)
+                self._keep(key, None, verdict)
                 return verdict
         if not pending.claim.try_expire():
             return pending
@@ -275,9 +275,11 @@ class FlushGate:
         if pending is not None and pending.claim.try_expire():
             self.end(pending, pending.verdict("refused", now_s, snapshot.epoch, reason))
 
-    def _arrival(self, command: FlushCommand, now_s: float, valid_until_s: float) -> PendingFlush:
+    def _arrival(self, command: FlushCommand, now_s: float, valid_until_s: float, *, is_idle: bool) -> PendingFlush:
         pending = PendingFlush(command, now_s, now_s)
-        budget_s = max(command.budget_s, NOW_GRACE_S) if pending.is_now_or_never else command.budget_s
+        is_short = command.timeout_s < NOW_GRACE_S and command.mode not in STEP_MODES
+        has_grace = pending.is_now_or_never or (is_short and is_idle)
+        budget_s = max(command.budget_s, NOW_GRACE_S) if has_grace else command.budget_s
         return PendingFlush(command, now_s, min(now_s + budget_s, valid_until_s))
 
     def _known_answer(self, pending: PendingFlush, now_s: float, epoch: int) -> PendingFlush | FlushVerdict | None:
@@ -304,15 +306,15 @@ class FlushGate:
         return None
 
     def _repeat(self, command: FlushCommand) -> tuple[FlushCommand | None, PendingFlush | FlushVerdict] | None:
-        live = self._live.get(command.flush_id)
-        return (live.command, live) if live is not None else self._verdicts.get(command.flush_id)
+        live = self._live.get(command.key)
+        return (live.command, live) if live is not None else self._verdicts.get(command.key)
 
     def _remember(self, pending: PendingFlush, verdict: FlushVerdict) -> FlushVerdict:
         """The caller holds the lock."""
-        self._keep(pending.command, verdict)
+        self._keep(pending.command.key, pending.command, verdict)
         return verdict
 
-    def _keep(self, command: FlushCommand | None, verdict: FlushVerdict) -> None:
-        self._verdicts[verdict.flush_id] = (command, verdict)
+    def _keep(self, key: FlushKey, command: FlushCommand | None, verdict: FlushVerdict) -> None:
+        self._verdicts[key] = (command, verdict)
         while len(self._verdicts) > NUM_REMEMBERED_VERDICTS:
             self._verdicts.popitem(last=False)

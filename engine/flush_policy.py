@@ -4,27 +4,26 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from engine.flush import Blockers, FlushCommand, FlushScope
-from engine.flush_gate import STEP_MODES, PendingFlush
+from engine.flush import STEP_MODES, Blockers, FlushCommand, FlushScope
+from engine.flush_gate import PendingFlush
 from engine.sequence import Sequence
 
 #: tiers a rank holds itself; a flush that names none of them has nothing to do here
 RANK_TIERS = frozenset({"device"})
 
-Choice: TypeAlias = Literal["over", "expire", "time_out", "refuse", "impossible", "wait", "execute"]
+Choice: TypeAlias = Literal["over", "time_out", "refuse", "impossible", "wait", "execute"]
 
 
-def choose(pending: PendingFlush, blockers: Blockers, *, is_first_look: bool, now_s: float) -> Choice:
+def choose(pending: PendingFlush, blockers: Blockers, now_s: float) -> Choice:
     """What becomes of a pending flush at this step boundary.
 
-    A command whose deadline has passed is never executed: `expire` when the engine sees it for the first time (the
-    process was frozen, or the command was long on its way), `time_out` when it has waited here. `over`: somebody
-    else has ended it.
+    One whose deadline has passed is never executed (the process was frozen, or a step was long). The gate took it in
+    in time, so it has timed out, whoever is first to see it. `over`: somebody else has ended it.
     """
     if pending.claim.state != "pending":
         return "over"
     if now_s >= pending.deadline_s:
-        return "expire" if is_first_look else "time_out"
+        return "time_out"
     if impossible(pending.command) is not None:
         return "impossible"
     if pending.command.mode in STEP_MODES or pending.command.dry_run or is_idle(blockers):

@@ -32,7 +32,7 @@ from engine.events import (
     StepFinished,
     TurnStarted,
 )
-from engine.flush import FlushCommand, FlushVerdict
+from engine.flush import FlushCommand, FlushKey, FlushVerdict
 from engine.flush_gate import FlushGate, PendingFlush
 from engine.generation import Collector, Generation
 from engine.request import Output, Request
@@ -102,10 +102,6 @@ class EngineLoop:
         self._inbox.append(event)
         self._wakeup.set()
 
-    def wake(self) -> None:
-        """Take a turn although nothing was posted, e.g. to read control words that have changed."""
-        self._wakeup.set()
-
     def stop(self) -> None:
         """`run` returns after the turn it is in. May be called twice."""
         self._is_stopping = True
@@ -131,9 +127,9 @@ class EngineLoop:
         """Its deadline has passed: end it now, whatever step runs. None: the engine won, `pending.ended` tells."""
         return self._gate.expire(pending, self._clock(), self._snapshot)
 
-    def withdraw_flush(self, flush_id: str) -> PendingFlush | FlushVerdict:
+    def withdraw_flush(self, key: FlushKey) -> PendingFlush | FlushVerdict:
         """What became of a flush; one that has not begun never will. A `PendingFlush`: begun, `ended` will tell."""
-        return self._gate.withdraw(flush_id, self._clock(), self._snapshot)
+        return self._gate.withdraw(key, self._clock(), self._snapshot)
 
     def end_unstarted_flush(self, pending: PendingFlush) -> FlushVerdict | None:
         """Before the first turn there is nothing to flush: it is done. None: it has ended already."""
@@ -143,13 +139,13 @@ class EngineLoop:
         """By the clock in which deadlines of flushes are meant."""
         return self._clock()
 
-    def open_flush(self, flush_id: str) -> PendingFlush | None:
+    def open_flush(self, key: FlushKey) -> PendingFlush | None:
         """A flush that was taken in and has no verdict yet."""
-        return self._gate.open_flush(flush_id)
+        return self._gate.open_flush(key)
 
-    def flush_verdict(self, flush_id: str) -> FlushVerdict | None:
+    def flush_verdict(self, key: FlushKey) -> FlushVerdict | None:
         """What was answered about one of the last flushes."""
-        return self._gate.verdict_of(flush_id)
+        return self._gate.verdict_of(key)
 
     def see_term(self, term: int) -> bool:
         """A controller of this term has spoken; flushes of lower terms are refused from now on. False: so is it."""

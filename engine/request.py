@@ -59,7 +59,7 @@ class Request:
     sampling: SamplingParams
     #: isolation string; "" is the common one
     namespace: str = ""
-    #: raised by the Api each time it sends the same request anew; frames of another attempt are dropped
+    #: drawn anew, and higher, each time an Api sends anything under this id; outputs of another attempt are dropped
     attempt: int = 0
 
     @property

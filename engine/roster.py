@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
+from itertools import islice
 from operator import attrgetter
 
 from cache.device_cache import DeviceCache
@@ -16,6 +17,9 @@ from engine.snapshot import Counters
 from engine.story import Story
 from engine.waiting_queue import WaitingQueue
 
+#: waiting requests looked at for one that can begin, where those before it wait for a prefill that runs; each look is
+#: a match of its prompt
+LOOK_AHEAD = 8
 _by_age = attrgetter("order")
 
 
@@ -70,14 +74,20 @@ class Roster:
             self.waiting.remove(sequence)
         self.finish(sequence, "abort", reason, now_s)
 
-    def try_admit_head(self, now_s: float) -> Sequence | None:
-        """Move the first waiting request to the running ones: a new match under the words of this turn. None: it
-        must wait on, or nobody waits."""
-        sequence = self.waiting.head
-        if sequence is None or self.is_full:
+    def try_admit_next(self, now_s: float) -> Sequence | None:
+        """Move a waiting request to the running ones: a new match under the words of this turn. None: they must wait
+        on, or nobody waits. The first one has the right of way, unless it waits for a prefill and for no page."""
+        if self.is_full:
             return None
-        if not self._admission.try_admit(sequence, self.running, now_s, may_match=self.lease_ok):
-            return None
+        for sequence in islice(self.waiting, LOOK_AHEAD):
+            refusal = self._admission.try_admit(sequence, self.running, now_s, may_match=self.lease_ok)
+            if refusal is None:
+                return self._admitted(sequence, now_s)
+            if refusal == "no_room":
+                return None
+        return None
+
+    def _admitted(self, sequence: Sequence, now_s: float) -> Sequence:
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_by_age)
         counters = self._counters
@@ -103,7 +113,9 @@ class Roster:
         hold = sequence.leave()
         if may_publish:
             self.publish(sequence, hold, num_computed, now_s)
-        self._cache.close(hold)
+        # A cache that began anew has closed it already.
+        if not hold.is_closed:
+            self._cache.close(hold)
         self.running.remove(sequence)
 
     def publish(self, sequence: Sequence, hold: PageHold, num_computed: int, now_s: float) -> None:

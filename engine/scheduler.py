@@ -106,6 +106,7 @@ class Scheduler:
             is_stepping=bool(self._rows),
             blockers=self._roster.blockers(),
             num_waiting=len(self._roster.waiting),
+            num_waiting_tokens=self._roster.waiting.num_tokens,
             epoch=cache.epoch,
             generation=cache.generation,
             num_pages=cache.num_pages,
@@ -222,7 +223,7 @@ class Scheduler:
 
     def _admitted_rows(self, budget: int, now_s: float) -> Iterator[Row]:
         """Admit from the front of the queue while tokens, places and pages last."""
-        while budget and (sequence := self._roster.try_admit_head(now_s)) is not None:
+        while budget and (sequence := self._roster.try_admit_next(now_s)) is not None:
             row = Row(sequence, min(sequence.num_remaining, budget))
             budget -= row.num_new
             yield row
@@ -272,12 +273,13 @@ class Scheduler:
             self._roster.finish(row.sequence, "error", message, now_s)
 
     def _check_cache(self, now_s: float) -> list[Command]:
-        """A violation empties the cache (whatever is wrong with it, nothing will match it) and is never fatal."""
+        """A violation is never fatal: the cache begins anew, whoever ran computes again, in pages that are his own."""
         violations = self._cache.sanity_check()
         if not violations:
             return []
         self._counters.num_violations += len(violations)
-        self._cache.swap(self._cache.epoch)
-        self._has_litter = True
+        self._cache.begin_anew()
+        for sequence in reversed(self.running):
+            self._roster.retract(sequence, now_s, may_publish=False)
         self._story.tell(now_s, "", f"cache emptied after {len(violations)} violations: {violations[0]}")
         return [CacheSuspect(violations)]

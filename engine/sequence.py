@@ -143,13 +143,15 @@ class Sequence:
         """What the sampler has to know for the next token."""
         params = self.request.sampling
         num_prompt = self.request.num_prompt_tokens
-        wants_past = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+        wants_prompt = params.repetition_penalty != 1.0
+        wants_output = wants_prompt or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
         return SampleRow(
             params,
             self.seed,
             self.num_generated,
-            self.tokens[:num_prompt].copy() if wants_past else None,
-            self.tokens[num_prompt:].copy() if wants_past else None,
+            # the prompt never changes, the output goes on
+            np.frombuffer(self.request.tokens, dtype=np.int32) if wants_prompt else None,
+            self.tokens[num_prompt:].copy() if wants_output else None,
             tuple(sorted(self.stop_ids)) if self.num_generated < params.min_new_tokens else (),
         )
 

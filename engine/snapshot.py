@@ -58,6 +58,8 @@ class EngineSnapshot:
     blockers: Blockers = field(default_factory=Blockers)
     #: queued requests; they own no page
     num_waiting: int = 0
+    #: their tokens; how many of them the cache holds is known at admission only
+    num_waiting_tokens: int = 0
     epoch: int = 0
     generation: int = 0
     #: pages by state; they add up to num_pages

@@ -13,6 +13,8 @@ class WaitingQueue:
 
     def __init__(self) -> None:
         self._by_id: OrderedDict[str, Sequence] = OrderedDict()
+        #: tokens of all that wait, prompts and what retracted ones have generated
+        self.num_tokens = 0
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -22,11 +24,13 @@ class WaitingQueue:
 
     def push(self, sequence: Sequence) -> None:
         self._by_id[sequence.request_id] = sequence
+        self.num_tokens += sequence.num_tokens
 
     def push_front(self, sequence: Sequence) -> None:
         """Retracted ones. Youngest is retracted first, so the oldest ends up in front."""
         self._by_id[sequence.request_id] = sequence
         self._by_id.move_to_end(sequence.request_id, last=False)
+        self.num_tokens += sequence.num_tokens
 
     @property
     def head(self) -> Sequence | None:
@@ -34,3 +38,4 @@ class WaitingQueue:
 
     def remove(self, sequence: Sequence) -> None:
         del self._by_id[sequence.request_id]
+        self.num_tokens -= sequence.num_tokens

@@ -274,7 +274,8 @@ def flush_command(
     scope: FlushScope | None = None,
     dry_run: bool = False,
     tiers: tuple[str, ...] = ("device",),
+    index: int = 0,
 ) -> FlushCommand:
     """A command with the fields a test does not care about filled in."""
     timeout_s = budget_s if timeout_s is None else timeout_s
-    return FlushCommand(flush_id, mode, tiers, epoch, term, budget_s, timeout_s, scope, dry_run)
+    return FlushCommand(flush_id, mode, tiers, epoch, term, budget_s, timeout_s, scope, dry_run, index)

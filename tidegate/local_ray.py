@@ -7,15 +7,18 @@ And `ray.init` runs in the main thread: the kernel ends Ray's processes when the
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+from ray._private import parameter
 
 from configs.errors import ConfigError, ServiceError
 from configs.schema import Settings
@@ -68,18 +71,19 @@ def _ensure_token(environ: Mapping[str, str]) -> None:
 
 def start_ray(settings: Settings, state: StateDir) -> LocalRay:
     try:
-        context = ray.init(
-            address="local",
-            num_cpus=max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1),
-            resources={CPU_RANK_RESOURCE: float(settings.dp)},
-            object_store_memory=_OBJECT_STORE_BYTES,
-            include_dashboard=True,
-            dashboard_host=settings.ray.dashboard_host,
-            dashboard_port=settings.ray.dashboard_port,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=str(state.ray_temp),
-        )
+        with _free_agent_port():
+            context = ray.init(
+                address="local",
+                num_cpus=max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1),
+                resources={CPU_RANK_RESOURCE: float(settings.dp)},
+                object_store_memory=_OBJECT_STORE_BYTES,
+                include_dashboard=True,
+                dashboard_host=settings.ray.dashboard_host,
+                dashboard_port=settings.ray.dashboard_port,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(state.ray_temp),
+            )
     except (RuntimeError, ValueError, ConnectionError, TimeoutError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ServiceError(f"Ray did not start: {reason} (logs: {state.logs})") from None
@@ -87,6 +91,22 @@ def start_ray(settings: Settings, state: StateDir) -> LocalRay:
     # `ray start` writes it and `ray.init` does not; without it a job may join another cluster of this machine.
     (state.ray_temp / "ray_current_cluster").write_text(facts["gcs_address"])
     return LocalRay(facts["gcs_address"], f"http://{facts['webui_url']}", _token_path(os.environ))
+
+
+@contextmanager
+def _free_agent_port() -> Iterator[None]:
+    """Have the kernel choose the port of the node's agent, which takes the jobs.
+
+    With the default, 52365 for all, the second cluster of a machine answers "No available agent to submit job".
+    `ray start` has an option for it and `ray.init` none, so its parameters (Ray is pinned to one version) get another
+    default for the length of the call.
+    """
+    original = parameter.RayParams
+    parameter.RayParams = functools.partial(original, dashboard_agent_listen_port=0)
+    try:
+        yield
+    finally:
+        parameter.RayParams = original
 
 
 def _token_path(environ: Mapping[str, str]) -> Path:

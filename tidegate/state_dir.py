@@ -51,7 +51,8 @@ class StateDir:
         root = root.expanduser().resolve()
         state = cls(root, _ray_temp(root))
         try:
-            for folder in (state.root, state.cwd, state.ray_temp):
+            # Ray opens its own folder to everybody; the one above keeps them out.
+            for folder in (state.root, state.cwd, state.ray_temp.parent, state.ray_temp):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 _must_be_ours(folder)
         except OSError as error:
@@ -75,7 +76,7 @@ def _ray_temp(root: Path) -> Path:
     if len(os.fsencode(inside)) + _RAY_SOCKET_SUFFIX <= _MAX_SOCKET_PATH:
         return inside
     digest = hashlib.blake2b(os.fsencode(root), digest_size=4).hexdigest()
-    return Path(tempfile.gettempdir()) / f"tidegate-{os.getuid()}-{digest}"
+    return Path(tempfile.gettempdir()) / f"tidegate-{os.getuid()}-{digest}" / "ray"
 
 
 def _must_be_ours(folder: Path) -> None:

@@ -67,7 +67,8 @@ def status(answer: Mapping[str, Any]) -> Shown:
 def _headline(answer: Mapping[str, Any], facts: tuple[str, ...]) -> Text:
     is_good = answer.get("success") is True
     words = str(answer.get("message") or answer.get("status") or ("ok" if is_good else "not every rank answers"))
-    rest = ", ".join(f"{name} {answer[name]}" for name in facts if answer.get(name) not in (None, False))
+    known = [name for name in facts if answer.get(name) is not None and answer[name] is not False]
+    rest = ", ".join(f"{name} {answer[name]}" for name in known)
     return Text.assemble((words, "green" if is_good else "red"), f"  ({rest})" if rest else "")
 
 

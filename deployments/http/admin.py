@@ -15,6 +15,7 @@ from configs.errors import InvalidField
 from deployments.flush_surfaces import judge
 from deployments.http.bodies import read_json_object
 from deployments.http.door import Door, JsonResponse
+from deployments.tokenizer import in_thread_if_long
 
 #: what float() takes beyond this (underscores, other alphabets' digits, spaces, words) no client means
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -49,7 +50,7 @@ class AdminRoutes:
         arguments = await read_json_object(request, self.door.max_body_bytes)
         for name in arguments.keys() - _FLUSH_FIELDS:
             raise InvalidField(f"unknown field {name[:64]!r}; there are {', '.join(sorted(_FLUSH_FIELDS))}", name[:64])
-        arguments = _with_prefix_tokens(self.door, arguments)
+        arguments = await _with_prefix_tokens(self.door, arguments)
         answer = await self.door.core.controller.flush(arguments | {"caller": "http:/v1/cache/flush"})
         return JsonResponse(answer, status_code=judge(answer).http_status)
 
@@ -70,7 +71,7 @@ class AdminRoutes:
         return seconds(float(text), "timeout", self.door.max_timeout_s)
 
 
-def _with_prefix_tokens(door: Door, arguments: dict[str, Any]) -> dict[str, Any]:
+async def _with_prefix_tokens(door: Door, arguments: dict[str, Any]) -> dict[str, Any]:
     """A prefix given as text, as the tokens that the index knows it by."""
     scope = arguments.get("scope")
     if not isinstance(scope, dict) or "prefix_text" not in scope:
@@ -78,7 +79,7 @@ def _with_prefix_tokens(door: Door, arguments: dict[str, Any]) -> dict[str, Any]
     text = scope["prefix_text"]
     if not isinstance(text, str) or not text:
         raise InvalidField("scope.prefix_text must be a non-empty text", "scope.prefix_text")
-    tokens = door.core.tokenizer.encode(text)
+    tokens = await in_thread_if_long(len(text), lambda: door.core.tokenizer.encode(text))
     door.core.check_tokens(tokens, "scope.prefix_text")
     ids = memoryview(tokens).cast("i").tolist()
     return arguments | {

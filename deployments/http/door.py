@@ -72,7 +72,7 @@ class Door:
         self, request: Request, path: str, handler: Handler, access: Access, dialect: Dialect
     ) -> Response:
         try:
-            self.keys.check(access, request.headers)
+            self.keys.check(access, request.headers, request.client.host if request.client is not None else "")
             return await handler(request)
         except ClientGone:
             return Response(status_code=499)  # nobody reads it; nginx's number for "client closed request"

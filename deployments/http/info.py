@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from contextlib import aclosing
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from starlette.requests import Request
@@ -18,7 +18,7 @@ from deployments import facts
 from deployments.core import ApiCore
 from deployments.http.door import Door, JsonResponse
 from deployments.http.streaming import unless_gone
-from deployments.load_rows import LOAD_SECTIONS, load_row
+from deployments.load_rows import LOAD_SECTIONS, loads_of
 from deployments.sequences import SequenceJob
 from engine.request import SamplingParams
 
@@ -57,7 +57,10 @@ class InfoRoutes:
         return Response(status_code=200)
 
     async def health_generate(self, request: Request) -> Response:
-        """200 only if every serving rank generates one token. The prompt is one token, so nothing is cached by it."""
+        """200 only if every serving rank generates one token, or is too busy with others' to come to it.
+
+        The prompt is one token, so nothing is cached by it.
+        """
         members = sorted(self.core.fleet.members().members, key=lambda member: member.rank)
         if not members:
             raise NoRank("no rank is serving at the moment")
@@ -68,18 +71,18 @@ class InfoRoutes:
 
     async def _one_token(self, member: Member) -> dict[str, Any]:
         sampling = SamplingParams(temperature=0.0, max_new_tokens=1, ignore_eos=True)
-        request_id = f"health-{secrets.token_hex(8)}"
-        job = SequenceJob(request_id, bytes(4), sampling, namespace="health", rank=member.rank)
+        job = SequenceJob(f"health-{secrets.token_hex(8)}", bytes(4), sampling, namespace="health", rank=member.rank)
         began_s = self.door.clock_s()
+        num_outputs = self.core.num_outputs[member.rank]
         message = ""
         try:
-            async with asyncio.timeout(HEALTH_TIMEOUT_S), aclosing(self.core.stream(request_id, [job])) as pieces:
-                async for _ in pieces:
-                    pass
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                await self.core.probe(job)
         except TidegateError as error:
             message = error.message
         except TimeoutError:
-            message = f"no token within {HEALTH_TIMEOUT_S:g} s"
+            if self.core.num_outputs[member.rank] == num_outputs:
+                message = f"no token within {HEALTH_TIMEOUT_S:g} s"
         took_ms = (self.door.clock_s() - began_s) * 1000
         status = "failed" if message else "ok"
         return {"rank": member.rank, "status": status, "message": message, "took_ms": round(took_ms, 3)}
@@ -98,26 +101,26 @@ class InfoRoutes:
         return JsonResponse(await facts.server_info(self.core, self.version))
 
     async def loads(self, request: Request) -> Response:
-        """What every rank has to do now: `dp_rank` picks one, `include` the sections."""
+        """What every rank has to do now: `dp_rank` picks one, `include` the sections.
+
+        503 with the rows there are, and the reason, if a rank that was asked for does not answer.
+        """
         sections = _sections(request.query_params.get("include"))
         if request.query_params.get("format", "json") != "json":
             raise InvalidField("format: only json is offered; metrics come from Ray's exporter", "format")
         status = await self.core.controller.status()
-        rows = [load_row(row, sections) for row in status.get("ranks") or ()]
-        wanted = request.query_params.get("dp_rank")
-        if wanted is not None:
-            rows = [row for row in rows if str(row["dp_rank"]) == wanted]
-            if not rows:
-                raise InvalidField(f"dp_rank {wanted[:20]!r} is not serving", "dp_rank")
-        return JsonResponse(
-            {
-                "timestamp": self.door.unix_time_s(),
-                "version": self.version,
-                "dp_rank_count": len(status.get("ranks") or ()),
-                "epoch": status.get("epoch"),
-                "loads": rows,
-            }
-        )
+        loads = loads_of(status, sections, request.query_params.get("dp_rank"))
+        content = {
+            # text, as SGLang sends it: gateways drop the whole answer when it is a number
+            "timestamp": datetime.fromtimestamp(self.door.unix_time_s(), UTC).isoformat(),
+            "version": self.version,
+            "dp_rank_count": loads.num_ranks,
+            "epoch": status.get("epoch"),
+            "loads": loads.rows,
+        }
+        if loads.message:
+            return JsonResponse(content | {"success": False, "message": loads.message}, status_code=NoRank.http_status)
+        return JsonResponse(content)
 
     def _model_object(self) -> dict[str, Any]:
         card = self.core.card

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -16,7 +16,10 @@ from deployments.http.native_shapes import AnswerShape
 from deployments.http.streaming import EventStream, event, first_of, unless_gone
 from deployments.native_jobs import native_jobs
 from deployments.native_models import AbortBody, GenerateBody
-from deployments.sequences import Answer, Piece, collected
+from deployments.sequences import Answer, Piece, SequenceJob, collected
+
+#: chosen ones and alternatives of one sequence of a stream: 1.3 MB in its last event
+MAX_STREAMED_LOGPROBS = 32_768
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,8 @@ class NativeRoutes:
         body, headers = await self.door.body(request, GenerateBody)
         self.core.check_model(body.model)
         jobs, request_id = await native_jobs(self.core, body)
+        if body.stream:
+            _bound_logprobs(jobs)
         shape = AnswerShape(jobs, body.return_text_in_logprobs, self.core.tokenizer, self.door.clock_s, began_s)
         pieces = self.core.stream(request_id, jobs)
         is_list = body.is_list or len(jobs) > 1
@@ -59,6 +64,18 @@ class NativeRoutes:
         if is_unknown:
             answer |= {"status": "unknown", "message": f"no rank knows {body.rid!r}; it may have ended already"}
         return JsonResponse(answer, status_code=answer.get("http_status", 200), headers=headers)
+
+
+def _bound_logprobs(jobs: Sequence[SequenceJob]) -> None:
+    """Every event of a stream repeats all log-probabilities before it, so the work grows with their square."""
+    for job in jobs:
+        num_logprobs, max_new = job.sampling.num_logprobs, job.sampling.max_new_tokens
+        if num_logprobs is not None and max_new * (num_logprobs + 1) > MAX_STREAMED_LOGPROBS:
+            raise InvalidField(
+                f"top_logprobs_num: {max_new:,} tokens with {num_logprobs} alternatives each are too many to stream; "
+                f"(1 + alternatives) * max_new_tokens may be {MAX_STREAMED_LOGPROBS:,}, or leave stream out",
+                "top_logprobs_num",
+            )
 
 
 async def _events(

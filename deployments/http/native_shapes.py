@@ -3,12 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import orjson
 
 from deployments.logprobs import native_logprobs
 from deployments.sequences import Answer, Finish, SequenceJob
 from deployments.tokenizer import Tokenizer
+
+
+class _JsonList:
+    """A JSON list that only grows: every item is written once, however often the whole is sent."""
+
+    __slots__ = ("_json", "num_items")
+
+    def __init__(self) -> None:
+        self._json = bytearray()
+        self.num_items = 0
+
+    def extend(self, items: Sequence[Any]) -> None:
+        if items:
+            self._json += (b"," if self._json else b"") + orjson.dumps(items)[1:-1]
+            self.num_items += len(items)
+
+    def whole(self) -> orjson.Fragment:
+        return orjson.Fragment(b"[%b]" % self._json)
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What was written of one sequence so far."""
+
+    token_ids: _JsonList = field(default_factory=_JsonList)
+    chosen: _JsonList = field(default_factory=_JsonList)
+    tops: _JsonList = field(default_factory=_JsonList)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +50,8 @@ class AnswerShape:
     clock_s: Callable[[], float]
     #: of `clock_s`, when the request came
     began_s: float
+    #: by index of the sequence
+    _written: dict[int, _Written] = field(default_factory=dict)
 
     @property
     def num_sequences(self) -> int:
@@ -28,9 +59,10 @@ class AnswerShape:
 
     def whole(self, answer: Answer, index: int) -> dict[str, Any]:
         """Everything known of sequence `index` so far; `finish_reason` is null until its end."""
-        job = self.jobs[index]
-        meta = self._facts(answer, job) | self._logprobs(answer)
-        return {"text": answer.text, "output_ids": answer.token_ids, "meta_info": meta}
+        written = self._written.setdefault(index, _Written())
+        meta = self._facts(answer, self.jobs[index]) | self._logprobs(answer, written)
+        written.token_ids.extend(answer.token_ids[written.token_ids.num_items :])
+        return {"text": answer.text, "output_ids": written.token_ids.whole(), "meta_info": meta}
 
     def _facts(self, answer: Answer, job: SequenceJob) -> dict[str, Any]:
         stats = answer.stats
@@ -49,16 +81,19 @@ class AnswerShape:
             "e2e_latency": self.clock_s() - self.began_s,
         }
 
-    def _logprobs(self, answer: Answer) -> dict[str, Any]:
+    def _logprobs(self, answer: Answer, written: _Written) -> dict[str, Any]:
         if answer.logprobs is None:
             return {}
         tokenizer = self.tokenizer if self.with_text else None
-        chosen, tops = native_logprobs(answer.token_ids, answer.logprobs, tokenizer)
+        begin = written.chosen.num_items
+        chosen, tops = native_logprobs(answer.token_ids[begin:], answer.logprobs[begin:], tokenizer)
+        written.chosen.extend(chosen)
+        written.tops.extend(tops)
         return {
             "input_token_logprobs": [],
             "input_top_logprobs": [],
-            "output_token_logprobs": chosen,
-            "output_top_logprobs": tops,
+            "output_token_logprobs": written.chosen.whole(),
+            "output_top_logprobs": written.tops.whole(),
         }
 
 

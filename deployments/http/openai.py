@@ -52,7 +52,7 @@ class OpenAIRoutes:
         self.core.check_model(body.model)
         self.core.check_count(body.num_sequences)
         tokens = await self.core.chat_tokens(
-            [{"role": message.role, "content": message.text} for message in body.messages],
+            [message.for_template for message in body.messages],
             continue_final=body.continue_final_message,
             options=body.chat_template_kwargs or {},
         )

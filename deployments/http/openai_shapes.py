@@ -54,7 +54,7 @@ class CompletionShape(_BaseShape):
         return self.head | {"object": "text_completion", "choices": choices, "usage": usage}
 
     def chunks(self, piece: Piece, answer: Answer, include_usage: bool) -> Iterator[dict[str, Any]]:
-        offset = answer.num_characters
+        offset = len(answer.text)
         answer.add(piece)
         if _shows_something(piece):
             choice = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,10 @@ class TextRoutes:
         ]
 
     async def tokenize(self, request: Request) -> Response:
-        """Text, or a list of texts, to token ids. Nothing is checked against the context: that is the caller's sum."""
+        """Text, or a list of texts, to token ids. Nothing is checked against the context: that is the caller's sum.
+
+        Counts as one sequence in flight: threads that tokenise are bounded as generations are.
+        """
         body, headers = await self.door.body(request, TokenizeBody)
         self.door.core.check_model(body.model)
         texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
@@ -38,7 +42,8 @@ class TextRoutes:
             encoded = [tokenizer.encode(text, add_special_tokens=body.add_special_tokens) for text in texts]
             return [np.frombuffer(tokens, dtype="<i4").tolist() for tokens in encoded]
 
-        lists = await in_thread_if_long(sum(map(len, texts)), encode_all)
+        with self.door.core.admission.hold(1):
+            lists = await in_thread_if_long(_length(texts), encode_all)
         counts = [len(ids) for ids in lists]
         is_one = isinstance(body.prompt, str)
         content = {
@@ -61,5 +66,11 @@ class TextRoutes:
         def decode_all() -> list[str]:
             return [tokenizer.decode(ids, skip_special_tokens=body.skip_special_tokens) for ids in lists]
 
-        texts = await in_thread_if_long(sum(map(len, lists)), decode_all)
+        with self.door.core.admission.hold(1):
+            texts = await in_thread_if_long(_length(lists), decode_all)
         return JsonResponse({"text": texts if is_many else texts[0]}, headers=headers)
+
+
+def _length(parts: Sequence[str | list[int]]) -> int:
+    """In characters, or what takes as long: each text costs as much as 32 of them, however short."""
+    return sum(map(len, parts)) + 32 * len(parts)

@@ -14,6 +14,13 @@ from engine.demo_model import write_demo_model
 from tests.cluster.server import Server, serving
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test of this folder starts a real cluster; the hook is given the items of all folders."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.cluster)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny demo checkpoint, float32."""

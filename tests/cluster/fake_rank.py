@@ -79,7 +79,7 @@ class FakeRank:
         verdict = FlushVerdict(command.flush_id, "flushed", epoch=command.epoch, freed_pages=1, freed_bytes=64)
         return self._verdicts.setdefault(command.flush_id, verdict)
 
-    async def close_flush(self, flush_id: str, term: int) -> FlushVerdict:
+    async def close_flush(self, flush_id: str, index: int, term: int) -> FlushVerdict:
         late = FlushVerdict(flush_id, "expired_command", "the command never came")
         return self._verdicts.setdefault(flush_id, late)
 

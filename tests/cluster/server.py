@@ -10,7 +10,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
 
@@ -41,6 +41,30 @@ def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
             return
         never.wait(0.02)
     assert condition(), f"not within {timeout_s:g} s: {what}"
+
+
+def orphaned_memory() -> set[str]:
+    """Files of /dev/shm that no living process has open or mapped.
+
+    Other programs of the machine come and go there as well; what they use is not ours to judge.
+    """
+    present = {str(path) for path in Path("/dev/shm").iterdir() if not path.is_dir()}
+    for process in Path("/proc").iterdir():
+        if present and process.name.isdigit():
+            present -= _files_of(process)
+    return present
+
+
+def _files_of(process: Path) -> set[str]:
+    """Paths that a process, given as its folder in /proc, has open or mapped; empty if it has ended."""
+    gone = (FileNotFoundError, ProcessLookupError, PermissionError)
+    files: set[str] = set()
+    with suppress(*gone):
+        files |= set(re.findall(r"/dev/shm/\S+", (process / "maps").read_text()))
+        for descriptor in (process / "fd").iterdir():
+            with suppress(*gone):
+                files.add(os.readlink(descriptor))
+    return files
 
 
 def marked_processes(mark: str) -> dict[int, str]:
@@ -86,6 +110,7 @@ class Server:
         self.env = base | {MARK: self.mark, "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"} | (env or {})
         self.cwd = cwd or home
         self.process: subprocess.Popen[bytes] | None = None
+        self._orphans_before = orphaned_memory()
 
     @property
     def url(self) -> str:
@@ -132,10 +157,10 @@ class Server:
         return status
 
     def leftovers(self) -> list[str]:
-        """Processes, sockets and shared memory that outlived the command."""
+        """Processes, sockets and shared memory that outlived the command; memory that lay there before is not its."""
         left = [f"{pid}: {command}" for pid, command in marked_processes(self.mark).items()]
         left += [str(path) for path in self.state_dir.rglob("*") if path.is_socket()]
-        left += [str(path) for path in Path("/dev/shm").iterdir() if "tidegate" in path.name]
+        left += sorted(orphaned_memory() - self._orphans_before)
         return left
 
     def close(self) -> None:

@@ -143,6 +143,7 @@ def test_bad_arguments_are_plain_answers(deployment: Deployment) -> None:
         ({"mode": "now"}, "mode"),
         ({"tiers": ["host"]}, "tiers"),
         ({"flush_id": "a b"}, "flush_id"),
+        ({"time_out": 5}, "time_out"),
     ):
         answer = deployment.flush(**arguments)
         assert (answer["success"], answer["status"], answer["param"]) == (False, "invalid", param)

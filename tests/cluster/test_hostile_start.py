@@ -68,6 +68,8 @@ def test_a_hostile_start(tiny_model: Path, short_home: Path, tmp_path: Path) -> 
         assert server.process is not None
         server.process.kill()
         until(lambda: not marked_processes(server.mark), 10, "everything is gone after SIGKILL of the command")
+        server.process.wait(timeout=10)
+        assert server.leftovers() == []
     finally:
         server.close()
         # the end of its input ends it; SIGKILL would leave Ray's agents behind for a minute

@@ -226,7 +226,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """The control loop's side: its clock is past the deadline, or the caller withdraws."""
         pending = self.flushes[-1]
         if is_cancel:
-            self.rank.loop.withdraw_flush(pending.command.flush_id)
+            self.rank.loop.withdraw_flush(pending.command.key)
         else:
             self.rank.loop.expire_flush(pending)
         assert pending.ended.done(), "on one thread nothing stays claimed without a verdict"
@@ -280,7 +280,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._check_answers()
         for pending in self.flushes:
             flush_id = pending.command.flush_id
-            assert pending.ended.result(0) == self.verdicts[flush_id] == self.rank.loop.flush_verdict(flush_id)
+            assert pending.ended.result(0) == self.verdicts[flush_id] == self.rank.loop.flush_verdict((flush_id, 0))
         counts = self.cache.counts()
         assert counts.free + counts.cached == NUM_PAGES
         snapshot = self.rank.loop.snapshot()
@@ -314,7 +314,7 @@ MUST_HAPPEN = (
     *("retractions", "chunks", "cached tokens", "evicted pages", "failed steps", "floor swaps", "uncached admissions"),
     *("ended with stop", "ended with length", "ended with abort", "ended with error", "publishes refused for taint"),
     *(f"{mode} flushed" for mode in FLUSH_MODES),
-    *("wait timed_out", "drain timed_out", "wait superseded", "busy", "refused", "expired_command"),
+    *("wait timed_out", "drain timed_out", "wait superseded", "busy", "refused"),
 )
 
 

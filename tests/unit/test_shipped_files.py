@@ -61,6 +61,15 @@ def test_every_dependency_is_pinned() -> None:
     assert names <= pins, f"not pinned: {sorted(names - pins)}"
 
 
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_files_that_a_page_names_exist(page: str) -> None:
+    text = (ROOT / page).read_text()
+    named = re.findall(r"`([\w./-]+/[\w-]+\.\w+)`", text)
+    linked = [str(Path(page).parent / link) for link in re.findall(r"\]\(([\w./-]+)\)", text)]
+    missing = [path for path in [*named, *linked] if not (ROOT / path).exists()]
+    assert missing == []
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_nothing_sleeps(package: str) -> None:
     """Waiting is for an event with a deadline; a sleep is a guess about another process."""

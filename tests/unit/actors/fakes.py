@@ -68,7 +68,7 @@ class FakeRank:
     def __init__(self, record: RankRecord) -> None:
         self.record = record
         self.commands: list[FlushCommand] = []
-        self.closed: list[tuple[str, int]] = []
+        self.closed: list[tuple[str, int, int]] = []
         self.aborted: list[AbortCommand] = []
         #: of the page it reads
         self.page_nonce = 0
@@ -102,8 +102,8 @@ class FakeRank:
         self.has_command.set()
         return await self.behave(command)
 
-    async def do_close_flush(self, flush_id: str, term: int) -> FlushVerdict:
-        self.closed.append((flush_id, term))
+    async def do_close_flush(self, flush_id: str, index: int, term: int) -> FlushVerdict:
+        self.closed.append((flush_id, index, term))
         return FlushVerdict(flush_id, "flushed", epoch=7)
 
     async def do_abort(self, command: AbortCommand) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 from actors import audit_log
 from actors.audit_log import AuditLog
 from actors.log_stores import DirectoryStore, LogStore, MemoryStore
-from tests.unit.actors.control import run
+from tests.unit.actors.planes import run
 
 
 @pytest.fixture(params=["memory", "directory"])

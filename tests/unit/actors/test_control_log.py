@@ -83,6 +83,13 @@ def test_terms_and_epochs_rise_over_restarts(store: LogStore) -> None:
     assert second.num_restarts == 1
 
 
+def test_a_record_of_another_version_supersedes_like_any_other(store: LogStore) -> None:
+    log, state = take_over(store)
+    assert store.create(state.term + 1, b'{"writer": "newer", "record": {"type": "unheard_of"}}')
+    with pytest.raises(Superseded, match=str(state.term + 1)):
+        log.append(make_intent())
+
+
 def test_the_loser_is_superseded_for_good(store: LogStore) -> None:
     old, _ = take_over(store)
     new, state = take_over(store)

@@ -17,8 +17,8 @@ from actors.log_records import FlushIntent, decode_entry
 from actors.log_stores import MemoryStore
 from configs.errors import ControlUnavailable
 from engine.flush import FlushCommand, FlushScope, FlushVerdict
-from tests.unit.actors.control import add, child_process, run, until, world
 from tests.unit.actors.fakes import FakeRank, rank_record
+from tests.unit.actors.planes import add, child_process, run, until, world
 
 LEASE_S = 0.3
 
@@ -497,7 +497,7 @@ def test_a_pending_flush_can_be_cancelled() -> None:
             waiting = asyncio.create_task(plane.flush(timeout_s=60, flush_id="f"))
             await rank.has_command.wait()
 
-            async def close(flush_id: str, term: int) -> FlushVerdict:
+            async def close(flush_id: str, index: int, term: int) -> FlushVerdict:
                 return FlushVerdict(flush_id, "refused", "Cancelled before it began.")
 
             rank.do_close_flush = close

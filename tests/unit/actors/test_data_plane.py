@@ -15,7 +15,7 @@ import zmq.asyncio
 from actors.data_plane import DataPlane, merge
 from actors.wire import Abort, Refused, Step, Submit, ToRank, decode_to_api, encode
 from engine.request import Output, Request, RequestStats, TokenLogprobs
-from tests.unit.actors.ranks import request, run
+from tests.unit.actors.ranks import request, run, until
 
 INCARNATION = "0123456789ab"
 
@@ -82,10 +82,10 @@ def test_outputs_of_one_step_leave_in_one_frame() -> None:
 def test_frames_for_another_incarnation_are_refused_and_counted() -> None:
     async def scenario() -> None:
         async with door_and_client() as (door, client):
-            await client.send(Submit("another", request("a")))
+            await client.send(Submit("another", request("a", attempt=3)))
             answer = await client.receive()
             assert isinstance(answer, Refused)
-            assert (answer.incarnation, answer.request_id) == (INCARNATION, "a")
+            assert (answer.incarnation, answer.request_id, answer.attempt) == (INCARNATION, "a", 3)
             await client.send(Abort("another", ["a"]))
             await client.send(Submit(INCARNATION, request("b")))
             assert (await door.submitted.get()).request_id == "b"
@@ -186,6 +186,37 @@ def test_steps_are_merged_while_a_client_does_not_read_and_no_token_is_lost() ->
                     got += [token for output in frame.outputs for token in output.token_ids]
                 assert got == list(range(num_steps + 1))
                 assert num_frames < num_steps / 2
+            finally:
+                reader.close()
+
+    run(scenario())
+
+
+def test_a_refusal_reaches_a_client_that_did_not_read_for_a_while() -> None:
+    padding = "x" * 10_000
+
+    async def scenario() -> None:
+        async with door_and_client() as (door, _):
+            reader = Client(door.endpoint, receive_queue=1)
+            try:
+                await reader.send(Submit(INCARNATION, request("slow")))
+                await door.submitted.get()
+                while not door.plane._congested:
+                    door.plane.deliver([Output("slow", 0, [1], message=padding)])
+                for name in ("one", "two"):
+                    await reader.send(Submit("another", request(name)))
+                await until(lambda: door.plane.num_dropped_frames == 2)
+                door.plane.deliver([Output("slow", 0, [2], finish="stop")])
+                refused: list[str] = []
+                finish = None
+                while finish is None or len(refused) < 2:
+                    frame = await reader.receive()
+                    if isinstance(frame, Refused):
+                        refused.append(frame.request_id)
+                    else:
+                        finish = frame.outputs[-1].finish
+                assert refused == ["one", "two"]
+                assert not door.plane._congested
             finally:
                 reader.close()
 

@@ -15,9 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import zmq
 
 from actors.data_plane import DataPlane
+from actors.loop_socket import end_context
 from actors.messages import Member, Membership
+from actors.wire import Refused, encode
 from configs.errors import ControlUnavailable, RankLost
 from engine.request import Output
 from tests.unit.actors.ranks import (
@@ -180,6 +183,61 @@ def test_members_come_and_go_and_running_streams_go_on() -> None:
                 assert tokens(got) == expected(asked)
                 asked = request("other")
                 assert tokens(await collect(fleet, two.incarnation, asked)) == expected(asked)
+
+    run(scenario())
+
+
+def test_the_old_connection_of_a_member_that_came_back_breaks_alone() -> None:
+    async def scenario() -> None:
+        async with running_rank() as rank:
+            members = Members(rank)
+            async with fleet_of(members) as fleet:
+                stream = fleet.generate(rank.incarnation, request("old", num_tokens=900))
+                await anext(stream)
+                old = fleet._seats[rank.incarnation].link
+                for ranks in ((), (rank,)):
+                    members.set(*ranks)
+                    await until(lambda: fleet._membership.version == members.current.version)
+                new = fleet._seats[rank.incarnation].link
+                assert new is not old
+                old.lose("its connection has ended")
+                with pytest.raises(RankLost):
+                    _ = [output async for output in stream]
+                # the new one is whole, and no timer will put a third in its place
+                assert fleet.members().members == (rank.member,)
+                assert fleet._seats[rank.incarnation].retry is None
+                asked = request("new")
+                assert tokens(await collect(fleet, rank.incarnation, asked)) == expected(asked)
+
+    run(scenario())
+
+
+def test_a_refusal_of_an_earlier_attempt_ends_nothing() -> None:
+    async def scenario() -> None:
+        async with rank_and_fleet() as (rank, fleet):
+            asked = request(num_tokens=40, attempt=6)
+            stream = fleet.generate(rank.incarnation, asked)
+            got = [await anext(stream)]
+            late = Refused(rank.incarnation, asked.request_id, "a request of this id is open", attempt=5)
+            fleet._seats[rank.incarnation].link._receive([encode(late)])
+            got += [output async for output in stream]
+            assert tokens(got) == expected(asked)
+            assert fleet.counters.num_dropped == 1
+
+    run(scenario())
+
+
+def test_a_socket_left_open_does_not_hold_up_the_loop(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        left_open = context.socket(zmq.DEALER)
+        try:
+            await asyncio.wait_for(end_context(context, timeout_s=0.05), 5)
+            assert "left open" in caplog.text
+            assert not context.closed
+        finally:
+            left_open.close()
+        await until(lambda: context.closed)
 
     run(scenario())
 

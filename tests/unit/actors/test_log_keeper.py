@@ -13,8 +13,8 @@ from actors.log_keeper import CHECKPOINT_EVERY, LogEvents, LogKeeper, Stored, Un
 from actors.log_records import Checkpoint, FlushIntent, RankJoined, RankLeft, decode_entry
 from actors.log_stores import LogStore, MemoryStore
 from actors.log_thread import LogThread
-from tests.unit.actors.control import run
 from tests.unit.actors.fakes import SetClock, make_request, rank_record
+from tests.unit.actors.planes import run
 
 
 @dataclass

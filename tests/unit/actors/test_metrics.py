@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ray.util import metrics as ray_metrics
 
-from actors.metrics import ApiMetrics, RankMetrics
+from actors.metrics import ApiMetrics, ControlMetrics, RankMetrics
 from engine.flush import Blockers
 from engine.request import Output, RequestStats
 from engine.snapshot import Counters, EngineSnapshot
@@ -113,3 +113,17 @@ def test_an_api_replica_reports_what_is_new(exported: Exported) -> None:
     assert exported.values["tidegate_api_inflight_tokens", frozenset()] == [300, 0]
     good = frozenset({("route", "/generate"), ("status", "200")})
     assert exported.values["tidegate_http_responses", good] == [4, 5]
+
+
+def test_a_dry_run_is_not_counted_as_a_flush(exported: Exported) -> None:
+    answer = {"mode": "wait", "status": "flushed", "success": True, "took_ms": 5, "ranks": [{"status": "flushed"}]}
+    metrics = ControlMetrics()
+    metrics.flush_ended(answer | {"dry_run": True})
+    metrics.flush_ended(answer | {"dry_run": False})
+
+    def counted(name: str, **labels: str) -> list[float]:
+        return exported.values[name, frozenset(({"mode": "wait"} | labels).items())]
+
+    for outcome in ("dry_run", "flushed"):
+        assert counted("tidegate_flushes", outcome=outcome) == [1]
+        assert counted("tidegate_flush_rank_verdicts", verdict=outcome) == [1]

@@ -8,8 +8,8 @@ from typing import Any
 from actors.clock import BootClock
 from actors.messages import LeaseAnswer, NodeRenewal, ProcessName
 from actors.process_proof import start_time_of
-from tests.unit.actors.control import child_process, run, until
 from tests.unit.actors.nodes import FakeNode
+from tests.unit.actors.planes import child_process, run, until
 
 LEASE_S = 0.2
 

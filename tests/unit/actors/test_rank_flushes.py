@@ -8,7 +8,7 @@ from dataclasses import replace
 from actors.rank_flushes import RankFlushes
 from engine.flush import FlushCommand, FlushVerdict
 from tests.fakes import FakeRank, flush_command
-from tests.unit.actors.control import run
+from tests.unit.actors.planes import run
 
 BOOT_S = 5000.0
 
@@ -93,13 +93,13 @@ def test_closing_ends_what_waits_and_forbids_what_has_not_come() -> None:
         rank.rank.turn()
         waiting = asyncio.create_task(rank.flushes.flush(flush_command("f", budget_s=60.0)))
         await asyncio.sleep(0)
-        closed = await rank.flushes.close("f", 1)
+        closed = await rank.flushes.close(("f", 0), 1)
         assert closed.status == "refused"
         assert await waiting == closed
-        never = await rank.flushes.close("g", 1)
+        never = await rank.flushes.close(("g", 0), 1)
         assert await rank.flush(flush_command("g")) == never
         # a command of the old term is refused after the new one has spoken
-        await rank.flushes.close("h", 5)
+        await rank.flushes.close(("h", 0), 5)
         assert (await rank.flush(flush_command("i", term=4))).status == "refused"
 
     run(scenario())

@@ -109,7 +109,7 @@ def test_one_flush_waits_a_second_is_told_so_and_a_repeat_joins() -> None:
             stream = asyncio.create_task(collect(fleet, rank.incarnation, request()))
             gate = await rank.inside_a_step()
             first = asyncio.create_task(rank.actor.flush(flush_command("one", epoch=1, budget_s=10)))
-            await until(lambda: rank.engine.open_flush("one") is not None)
+            await until(lambda: rank.engine.open_flush(("one", 0)) is not None)
             second = await rank.actor.flush(flush_command("two", epoch=2, budget_s=10))
             assert (second.status, second.message) == ("busy", ALREADY_IN_PROGRESS)
             repeat = asyncio.create_task(rank.actor.flush(flush_command("one", epoch=1, budget_s=9)))
@@ -140,11 +140,11 @@ def test_a_new_controller_ends_what_waits_and_learns_what_was_done() -> None:
             stream = asyncio.create_task(collect(fleet, rank.incarnation, request()))
             gate = await rank.inside_a_step()
             waiting = asyncio.create_task(rank.actor.flush(flush_command("waits", epoch=2, budget_s=10)))
-            await until(lambda: rank.engine.open_flush("waits") is not None)
-            assert (await rank.actor.close_flush("waits", 2)).status == "refused"
+            await until(lambda: rank.engine.open_flush(("waits", 0)) is not None)
+            assert (await rank.actor.close_flush("waits", 0, 2)).status == "refused"
             assert (await waiting).status == "refused"
-            assert await rank.actor.close_flush("done", 2) == done
-            assert (await rank.actor.close_flush("unheard", 2)).status == "refused"
+            assert await rank.actor.close_flush("done", 0, 2) == done
+            assert (await rank.actor.close_flush("unheard", 0, 2)).status == "refused"
             # it was under way all the time: too late
             assert (await rank.actor.flush(flush_command("unheard", epoch=3, term=1))).status == "refused"
             gate.open()

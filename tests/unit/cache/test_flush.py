@@ -162,6 +162,53 @@ def test_a_swap_does_not_look_at_cached_pages() -> None:
     assert cache.swap(Epoch(1)) == Swapped(freed_pages=32, carried_pages=0)
 
 
+class CountingList(list[int]):
+    """A list that counts how often it was read."""
+
+    num_reads = 0
+
+    def __getitem__(self, index: object) -> int:  # type: ignore[override]
+        self.num_reads += 1
+        return super().__getitem__(index)  # type: ignore[call-overload, no-any-return]
+
+
+def _reads_of_a_swap(depth: int) -> int:
+    """Links followed by a swap with one open hold whose path has `depth` nodes."""
+    cache = DeviceCache(num_pages=4 * depth, page_size=4)
+    trunk = run_of(4 * depth)
+    cache.close(prefill(cache, trunk))
+    for page in range(1, depth):  # a branch at every page cuts the trunk there
+        cache.close(prefill(cache, trunk[: 16 * page] + tokens_of(*[100_000 + page] * 4)))
+    running = cache.open(NS, trunk, 4 * depth, now_s=1.0)
+    assert running.num_cached_tokens == 4 * depth
+    links = cache.index.table.parents = CountingList(cache.index.table.parents)
+    cache.swap(Epoch(1))
+    cache.close(running)
+    return links.num_reads
+
+
+def test_a_swap_follows_the_pinned_path_once() -> None:
+    """Invariant 20, with holds: twice the path, twice the steps."""
+    assert _reads_of_a_swap(64) < 2.5 * _reads_of_a_swap(32)
+    assert _reads_of_a_swap(64) >= 64
+
+
+def test_a_retired_index_goes_in_slices_its_vacancies_too(cache: DeviceCache) -> None:
+    for first in range(0, 1600, 100):
+        cache.close(prefill(cache, run_of(4, first=first)))
+    table, stems = cache.index.table, cache.index.stems
+    cache.drop_older(1.0)
+    while cache.reap(8):
+        assert cache.index.table is table
+    num_vacancies = len(table._vacant) + len(stems._vacant)
+    assert num_vacancies >= 16
+    cache.swap(Epoch(1))
+    while cache.reap(2):
+        now = len(table._vacant) + len(stems._vacant)
+        assert num_vacancies - now <= 2
+        num_vacancies = now
+
+
 def test_a_dropped_namespace_is_gone_and_the_others_stay(cache: DeviceCache) -> None:
     mine, other = Namespace("mine"), Namespace("other")
     for namespace in (mine, other):

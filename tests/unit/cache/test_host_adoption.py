@@ -190,6 +190,21 @@ def test_each_violation_is_named_and_healed_without_an_exception(fault, word: st
     check(node.tier)
 
 
+@pytest.mark.parametrize("bit", range(128))
+def test_a_key_with_a_flipped_bit_hides_no_page(bit: int):
+    node = HostNode()
+    rank = node.new_rank()
+    node.put(rank, KEYS[:1])
+    slot = node.reader().look_up(KEYS[0], Epoch(0)).slots[0]
+    node.tier.table.rows[slot, 1 + bit // 64] ^= np.uint64(1 << bit % 64)
+    assert node.get(KEYS[:1]) == []
+    node.tier.heal()
+    check(node.tier)
+    assert node.put(rank, KEYS[:1]) == ["committed"]
+    assert len(node.get(KEYS[:1])) == 1
+    check(node.tier)
+
+
 def test_a_free_slot_that_was_scribbled_on_is_not_leased():
     node = HostNode(num_slots=2)
     fault_state(node, 0)

@@ -245,3 +245,13 @@ def test_a_second_policy_does_the_same_work():
         node.put(rank, [key])
     assert len(node.get(KEYS[:2])) == 2
     check(node.tier)
+
+
+def test_of_two_keys_that_look_alike_in_the_index_the_newer_stays():
+    node = HostNode()
+    twins = [bytes(8) + (7 << 32 | number).to_bytes(8, "little") for number in range(2)]
+    rank = node.new_rank()
+    assert node.put(rank, twins) == ["committed"] * 2
+    assert [len(node.get([key])) for key in twins] == [0, 1]
+    assert node.tier.counts().committed == 1
+    check(node.tier)

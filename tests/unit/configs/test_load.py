@@ -56,6 +56,11 @@ def test_a_door_that_contradicts_the_settings_is_refused(tmp_path: Path) -> None
         load_settings(_written(tmp_path, text))
 
 
+def test_a_setting_that_would_do_nothing_is_none() -> None:
+    with pytest.raises(ConfigError, match="lease_s"):
+        settings_from_dict({"control": {"lease_s": 5}})
+
+
 @pytest.mark.parametrize("applications", ["[]", "[{name: a}, {name: b}]", "7", "[7]"])
 def test_a_serve_config_has_exactly_one_application(tmp_path: Path, applications: str) -> None:
     with pytest.raises(ConfigError, match="exactly one Serve application"):
@@ -71,8 +76,8 @@ def test_a_serve_config_has_exactly_one_application(tmp_path: Path, applications
         ("engine:\n  page_size: big\n", r"setting 'engine\.page_size': .*given 'big'"),
         ("engine:\n  page_size: 0\n", r"setting 'engine\.page_size': .*greater than or equal to 1, given 0"),
         ("engine: 3\n", r"setting 'engine' must be a group of settings, not a int"),
-        ("control:\n  lease_s: .nan\n", r"setting 'control\.lease_s': .*finite"),
-        ("control:\n  lease_s: .inf\n", r"setting 'control\.lease_s': .*finite"),
+        ("control:\n  max_timeout_s: .nan\n", r"setting 'control\.max_timeout_s': .*finite"),
+        ("control:\n  max_timeout_s: .inf\n", r"setting 'control\.max_timeout_s': .*finite"),
         ("ray:\n  deployment: No Spaces\n", r"setting 'ray\.deployment'"),
         ("dp: 2\ndp: 3\n", r"key 'dp' is given twice, the second time in line 2"),
         ("dp: [1\n", r"is not YAML: .*line"),

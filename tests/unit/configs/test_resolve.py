@@ -6,7 +6,7 @@ import pytest
 
 from configs.errors import ConfigError
 from configs.load import settings_from_dict
-from configs.resolve import GIB, Hardware, is_loopback, resolve
+from configs.resolve import GIB, Hardware, is_loopback, kv_memory_bytes, resolve
 from configs.schema import Settings
 
 
@@ -68,17 +68,18 @@ def test_too_few_cores_are_noted_and_a_chosen_number_is_kept() -> None:
 
 
 def test_kv_memory_of_a_cpu_rank_has_a_default_and_a_limit() -> None:
-    default, _ = resolve(Settings(), _hardware())
-    assert default.kv_memory_bytes == GIB // 4
-    asked, _ = resolve(_settings(engine={"kv_memory_gb": 2}), _hardware())
-    assert asked.kv_memory_bytes == 2 * GIB
+    assert kv_memory_bytes(Settings().engine, "cpu") == GIB // 4
+    assert kv_memory_bytes(_settings(engine={"kv_memory_gb": 2}).engine, "cpu") == 2 * GIB
+    resolve(_settings(dp=2, engine={"kv_memory_gb": 3}), _hardware())
     with pytest.raises(ConfigError, match=r"2 ranks of 4\.00 GiB KV need 8\.00 GiB on a node; 6\.40 GiB"):
         resolve(_settings(dp=2, engine={"kv_memory_gb": 4}), _hardware())
 
 
 def test_a_gpu_rank_finds_its_own_memory() -> None:
-    resolved, _ = resolve(Settings(), _hardware(gpus=1))
-    assert resolved.kv_memory_bytes is None
+    assert kv_memory_bytes(Settings().engine, "cuda") is None
+    assert kv_memory_bytes(_settings(engine={"kv_memory_gb": 40}).engine, "cuda") == 40 * GIB
+    # nothing of the node's memory is asked for
+    resolve(_settings(engine={"kv_memory_gb": 40}), _hardware(gpus=1))
 
 
 def test_pages_and_memory_exclude_each_other() -> None:

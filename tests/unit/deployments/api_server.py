@@ -6,7 +6,7 @@ import asyncio
 import functools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,8 @@ from typing import Any
 import httpx
 from starlette.applications import Starlette
 
-from actors.clock import BootClock
-from actors.control_plane import ControlPlane, Surroundings
+from actors.control_plane import ControlPlane
 from actors.controller import ControllerActor
-from actors.log_stores import MemoryStore
-from actors.metrics import ControlMetrics
 from configs.schema import ControlSettings
 from deployments.admission import Admission
 from deployments.auth import Keys
@@ -29,7 +26,8 @@ from deployments.http.door import Door
 from deployments.model_card import read_model_card
 from deployments.tokenizer import Tokenizer
 from engine.models import LoadedModel
-from tests.unit.actors.fakes import NODE, rank_record
+from tests.unit.actors.fakes import rank_record
+from tests.unit.actors.planes import World
 from tests.unit.deployments.local_ranks import Handle, LocalFleet, LocalRank
 
 TIMEOUT_S = 30
@@ -77,7 +75,11 @@ async def serving(
 ) -> AsyncIterator[Server]:
     """A server for the length of the block; afterwards every engine thread has ended."""
     ranks = [LocalRank(demo.model, rank, f"incarnation-{rank}") for rank in range(num_ranks)]
-    plane = await _control_plane(ranks, ControlSettings(**control))
+    around = World()
+    stack = AsyncExitStack()
+    plane = await stack.enter_async_context(around.start(**control))
+    for rank in ranks:
+        await plane.register(rank_record(rank.rank, rank.incarnation), Handle(rank))
     fleet = LocalFleet(ranks)
     core = ApiCore(
         card=read_model_card(demo.directory, "tiny"),
@@ -93,25 +95,10 @@ async def serving(
         async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
             yield Server(app, client, core, fleet, plane)
     finally:
-        await plane.close()
+        await stack.aclose()
+        around.close()
         for rank in ranks:
             rank.stop()
-
-
-async def _control_plane(ranks: list[LocalRank], settings: ControlSettings) -> ControlPlane:
-    handles = {rank.incarnation: Handle(rank) for rank in ranks}
-    around = Surroundings(
-        clock=BootClock(),
-        actor_id="controller-actor",
-        cluster="cluster",
-        node_id=NODE,
-        find_handle=lambda record: handles.get(record.incarnation),
-    )
-    plane = ControlPlane(MemoryStore(), settings, around, ControlMetrics())
-    await plane.start()
-    for rank in ranks:
-        await plane.register(rank_record(rank.rank, rank.incarnation), handles[rank.incarnation])
-    return plane
 
 
 def _client(plane: ControlPlane, settings: ControlSettings) -> ControllerClient:

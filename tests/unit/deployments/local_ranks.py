@@ -13,7 +13,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from actors.messages import Member, Membership
+import ray.exceptions
+
+from actors.messages import AbortCommand, Member, Membership
 from cache.device_cache import DeviceCache
 from configs.errors import RankLost
 from engine.events import AbortRequested, RequestArrived
@@ -58,6 +60,8 @@ class LocalRank:
         #: set to make the rank die as soon as this many outputs were handed out
         self.dies_after: int | None = None
         self.num_outputs = 0
+        #: it lives, but does not say how it is
+        self.is_mute = False
         self.requests: list[Request] = []
         self._thread = threading.Thread(target=self.engine.run, name=f"engine-{rank}")
         self._thread.start()
@@ -137,13 +141,15 @@ class LocalRank:
             self.engine.expire_flush(offered)
         return await ended
 
-    async def abort(self, request_ids: list[str] | None, reason: str) -> dict[str, Any]:
+    async def abort(self, command: AbortCommand) -> dict[str, Any]:
         live = list(self._streams)
-        wanted = live if request_ids is None else [one for one in request_ids if one in self._streams]
-        self.engine.post(AbortRequested(None if request_ids is None else tuple(request_ids), reason))
+        wanted = live if command.request_ids is None else [one for one in command.request_ids if one in self._streams]
+        self.engine.post(AbortRequested(command.request_ids, command.reason))
         return {"num_aborted": len(wanted)}
 
     async def status(self) -> dict[str, Any]:
+        if self.is_mute:
+            raise ray.exceptions.ActorUnavailableError("mute", None)
         picture = self.engine.snapshot()
         return asdict(picture) | {
             "num_running": picture.num_running,

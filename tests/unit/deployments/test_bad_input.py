@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncGenerator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -29,7 +31,8 @@ OPENAI: list[tuple[str, dict[str, Any], int, str]] = [
     ("completions", {"prompt": [1, True]}, 400, "prompt"),
     ("completions", {"prompt": {"text": "x"}}, 400, "prompt"),
     ("completions", {"prompt": "word " * 3000}, 400, "prompt"),
-    ("completions", {"prompt": ["x"] * 1000}, 400, "n"),
+    ("completions", {"prompt": ["x"] * 1000}, 400, "prompt"),
+    ("completions", {"prompt": ["x"] * 100, "n": 2}, 400, "n"),
     ("completions", {"prompt": "x", "max_tokens": 0}, 400, "max_tokens"),
     ("completions", {"prompt": "x", "max_tokens": "many"}, 400, "max_tokens"),
     ("completions", {"prompt": "x", "max_tokens": 2.5}, 400, "max_tokens"),
@@ -75,6 +78,10 @@ OPENAI: list[tuple[str, dict[str, Any], int, str]] = [
     ("chat/completions", {"messages": []}, 400, "messages"),
     ("chat/completions", {"messages": "x"}, 400, "messages"),
     ("chat/completions", {"messages": [{"role": "user"}]}, 400, "messages.0.content"),
+    ("chat/completions", {"messages": [{"role": "user", "content": None}]}, 400, "messages.0.content"),
+    ("chat/completions", {"messages": None}, 400, "messages"),
+    ("completions", {"prompt": "x", "suffix": "y", "echo": True}, 400, "suffix"),
+    ("completions", {"echo": True, "suffix": "y", "prompt": "x"}, 400, "echo"),
     ("chat/completions", {"messages": [{"role": "king", "content": "x"}]}, 400, "messages.0.role"),
     (
         "chat/completions",
@@ -83,6 +90,22 @@ OPENAI: list[tuple[str, dict[str, Any], int, str]] = [
         "messages.0.content",
     ),
     ("chat/completions", CHAT | {"tools": [{"type": "function"}]}, 400, "tools"),
+    ("chat/completions", CHAT | {"add_generation_prompt": False}, 400, "add_generation_prompt"),
+    (
+        "chat/completions",
+        CHAT | {"add_generation_prompt": True, "continue_final_message": True},
+        400,
+        "add_generation_prompt",
+    ),
+    (
+        "chat/completions",
+        CHAT | {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+        400,
+        "stream_options.continuous_usage_stats",
+    ),
+    ("completions", {"prompt": "x", "truncate_prompt_tokens": 5}, 400, "truncate_prompt_tokens"),
+    ("completions", {"prompt": "x", "return_cached_tokens_details": True}, 400, "return_cached_tokens_details"),
+    ("completions", {"prompt": "x", "spaces_between_special_tokens": False}, 400, "spaces_between_special_tokens"),
     ("chat/completions", CHAT | {"top_logprobs": 2}, 400, "top_logprobs"),
     ("chat/completions", CHAT | {"max_completion_tokens": 5000}, 400, "max_completion_tokens"),
     ("chat/completions", CHAT | {"chat_template_kwargs": {"x": [1]}}, 400, "chat_template_kwargs.x"),
@@ -93,6 +116,9 @@ OPENAI: list[tuple[str, dict[str, Any], int, str]] = [
     ("chat/completions", CHAT | {"continue_final_message": "yes"}, 400, "continue_final_message"),
     ("tokenize", {"prompt": 5}, 400, "prompt"),
     ("detokenize", {"tokens": ["x"]}, 400, "tokens"),
+    ("tokenize", {"prompt": [""] * 100_000}, 400, "prompt"),
+    ("detokenize", {"tokens": [[]] * 100_000}, 400, "tokens"),
+    ("detokenize", {"tokens": [[1] * 1000] * 2000}, 400, "tokens"),
 ]
 
 NATIVE: list[tuple[str, dict[str, Any], int, str]] = [
@@ -106,6 +132,12 @@ NATIVE: list[tuple[str, dict[str, Any], int, str]] = [
     ("generate", {"input_ids": [[1], [999]]}, 400, "input_ids"),
     ("generate", {"text": "x", "sampling_params": {"temperature": -1}}, 400, "sampling_params.temperature"),
     ("generate", {"text": "x", "sampling_params": {"temprature": 1}}, 400, "sampling_params.temprature"),
+    (
+        "generate",
+        {"text": "x", "sampling_params": {"spaces_between_special_tokens": False}},
+        400,
+        "sampling_params.spaces_between_special_tokens",
+    ),
     ("generate", {"text": "x", "sampling_params": {"n": 0}}, 400, "sampling_params.n"),
     ("generate", {"text": "x", "sampling_params": {"max_new_tokens": 9999}}, 400, "sampling_params.max_new_tokens"),
     ("generate", {"text": "x", "sampling_params": {"regex": "a+"}}, 400, "sampling_params.regex"),
@@ -113,9 +145,35 @@ NATIVE: list[tuple[str, dict[str, Any], int, str]] = [
     ("generate", {"text": "x", "sampling_params": [{}, {"top_k": 0}]}, 400, "sampling_params.1.top_k"),
     ("generate", {"text": ["x", "y"], "rid": ["a"]}, 400, "rid"),
     ("generate", {"text": ["x", "y"], "rid": ["a", "a"]}, 400, "rid"),
+    ("generate", {"text": [""] * 100_000}, 400, "text"),
+    ("generate", {"input_ids": [[]] * 100_000}, 400, "input_ids"),
+    ("generate", {"input_ids": [[1] * 20_000] * 100}, 400, "input_ids"),
+    ("generate", {"text": "x", "rid": ["a"] * 100_000}, 400, "rid"),
+    ("generate", {"text": "x", "return_logprob": [True] * 100_000}, 400, "return_logprob"),
     ("generate", {"text": "x", "return_logprob": "yes"}, 400, "return_logprob"),
     ("generate", {"text": "x", "top_logprobs_num": 500}, 400, "top_logprobs_num"),
+    ("generate", {"text": "x", "return_logprob": True, "top_logprobs_num": 21}, 400, "top_logprobs_num"),
+    (
+        "generate",
+        {
+            "text": "x",
+            "stream": True,
+            "return_logprob": True,
+            "top_logprobs_num": 20,
+            "sampling_params": {"max_new_tokens": 1600},
+        },
+        400,
+        "top_logprobs_num",
+    ),
     ("generate", {"text": "x", "return_logprob": True, "logprob_start_len": 0}, 400, "logprob_start_len"),
+    (
+        "generate",
+        {"text": ["x", "y"], "return_logprob": [False, True], "logprob_start_len": [-1, 3]},
+        400,
+        "logprob_start_len",
+    ),
+    ("generate", {"text": "x", "logprob_start_len": -2}, 400, "logprob_start_len"),
+    ("generate", {"text": "x", "rid": "r" * 257}, 400, "rid"),
     ("generate", {"text": "x", "image_data": "base64"}, 400, "image_data"),
     ("generate", {"text": "x", "extra_key": "k" * 300}, 400, "extra_key"),
     ("generate", {"text": "x", "model": "nobody"}, 404, "model"),
@@ -130,7 +188,7 @@ NATIVE: list[tuple[str, dict[str, Any], int, str]] = [
 async def test_openai_routes_name_the_field(
     demo: Demo, route: str, body: dict[str, Any], status: int, field: str
 ) -> None:
-    async with serving(demo) as server:
+    async with serving(demo, max_body_bytes=8 << 20) as server:
         response = await server.post(f"/v1/{route}", body)
         assert (await server.client.get("/health")).status_code == 200
     error = response.json()["error"]
@@ -139,6 +197,8 @@ async def test_openai_routes_name_the_field(
     assert error["message"]
     assert len(response.text) < 600
     assert error["param"].startswith(field)
+    parts = error["param"].split(".")
+    assert all(one != other for one, other in pairwise(parts)), "a field is named once"
 
 
 @pytest.mark.parametrize(("route", "body", "status", "field"), NATIVE)
@@ -146,7 +206,7 @@ async def test_openai_routes_name_the_field(
 async def test_native_routes_name_the_field(
     demo: Demo, route: str, body: dict[str, Any], status: int, field: str
 ) -> None:
-    async with serving(demo) as server:
+    async with serving(demo, max_body_bytes=8 << 20) as server:
         response = await server.post(f"/{route}", body)
         assert (await server.client.get("/health")).status_code == 200
     error = response.json()
@@ -156,23 +216,26 @@ async def test_native_routes_name_the_field(
     assert error["param"].startswith(field)
 
 
-RAW: list[tuple[bytes, dict[str, str], int]] = [
-    (b'{"prompt": ', {}, 400),
-    (b"", {}, 400),
-    (b"[]", {}, 400),
-    (b'"x"', {}, 400),
-    (b"null", {}, 400),
-    (b'{"prompt": "x", "temperature": NaN}', {}, 400),
-    (b'{"prompt": "x", "temperature": 1e999}', {}, 400),
-    (b'{"prompt": "\xff"}', {}, 400),
-    (b'{"prompt": "\\ud800"}', {}, 400),
-    (b'{"prompt": "x", "a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", {}, 400),
-    (b'{"prompt": "x"}', {"content-type": "text/plain"}, 415),
-    (b'{"prompt": "x"}', {"content-type": "application/x-www-form-urlencoded"}, 415),
-    (b'{"prompt": "x"}', {"content-type": ""}, 415),
-    (b'{"prompt": "x"}', {"content-encoding": "gzip"}, 415),
-    (b'{"prompt": "' + b"x" * (2 << 20) + b'"}', {}, 413),
-    (b'{"prompt": "x"}', {"content-length": "99999999999"}, 413),
+#: bytes, headers, status, what is named
+RAW: list[tuple[bytes, dict[str, str], int, str]] = [
+    (b'{"prompt": ', {}, 400, "body"),
+    (b"", {}, 400, "body"),
+    (b"[]", {}, 400, "body"),
+    (b'"x"', {}, 400, "body"),
+    (b"null", {}, 400, "body"),
+    (b'{"prompt": "x", "temperature": NaN}', {}, 400, "temperature"),
+    (b'{"prompt": "x", "temperature": 1e999}', {}, 400, "temperature"),
+    (b'{"prompt": "x", "messages": [{"a": 1}, {"a": [0, -Infinity]}]}', {}, 400, "messages.1.a.1"),
+    (b'{"prompt": "x", "temperature": NaN, "stop": "' + b"x" * (1 << 17) + b'"}', {}, 400, "body"),
+    (b'{"prompt": "\xff"}', {}, 400, "body"),
+    (b'{"prompt": "\\ud800"}', {}, 400, "body"),
+    (b'{"prompt": "x", "a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", {}, 400, "body"),
+    (b'{"prompt": "x"}', {"content-type": "text/plain"}, 415, "content-type"),
+    (b'{"prompt": "x"}', {"content-type": "application/x-www-form-urlencoded"}, 415, "content-type"),
+    (b'{"prompt": "x"}', {"content-type": ""}, 415, "content-type"),
+    (b'{"prompt": "x"}', {"content-encoding": "gzip"}, 415, "content-encoding"),
+    (b'{"prompt": "' + b"x" * (2 << 20) + b'"}', {}, 413, "body"),
+    (b'{"prompt": "x"}', {"content-length": "99999999999"}, 413, "body"),
 ]
 
 
@@ -182,13 +245,14 @@ RAW: list[tuple[bytes, dict[str, str], int]] = [
 @scenario
 async def test_what_is_no_json_of_ours_is_a_4xx(demo: Demo, route: str) -> None:
     async with serving(demo) as server:
-        for content, headers, status in RAW:
+        for content, headers, status, named in RAW:
             response = await server.client.post(
                 route, content=content, headers={"content-type": "application/json"} | headers
             )
             assert response.status_code == status, (content[:60], response.text)
             assert response.headers["content-type"] == "application/json"
-            assert response.json()
+            answer = response.json()
+            assert answer.get("error", answer)["param"] == named, (content[:60], response.text)
         assert (await server.client.get("/health")).status_code == 200
 
 
@@ -253,3 +317,20 @@ async def test_wrong_routes_and_methods_speak_the_dialect_of_their_path(
     assert (answer["error"] if path.startswith("/v1/") else answer)["code"] == status
     if status == 405:
         assert response.headers["allow"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/v1/tokenize", {"prompt": [""] * 1_500_000}), ("/v1/detokenize", {"tokens": [[]] * 1_500_000})],
+)
+@scenario
+async def test_a_list_of_nothing_many_times_does_not_hold_the_loop_up(
+    demo: Demo, path: str, body: dict[str, Any]
+) -> None:
+    async with serving(demo, max_body_bytes=8 << 20) as server:
+        began_s = time.monotonic()
+        response = await server.post(path, body)
+        took_s = time.monotonic() - began_s
+    assert response.status_code == 400
+    # working through the list took 12 s
+    assert took_s < 4

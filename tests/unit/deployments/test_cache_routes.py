@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from configs.errors import ControlUnavailable
 from deployments.flush_surfaces import FLUSHED_TEXT
+from deployments.tokenizer import Tokenizer
 from engine.flush import ALREADY_IN_PROGRESS, TIMED_OUT_WAITING
 from tests.unit.deployments.api_server import Demo, Server, scenario, serving, until
 from tests.unit.deployments.asgi_client import HangingUp
@@ -33,6 +35,22 @@ async def traffic(server: Server) -> AsyncIterator[None]:
     yield
     running.hang_up()
     await running.task
+
+
+@scenario
+async def test_a_long_prefix_text_is_tokenised_beside_the_loop(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+    encode = Tokenizer.encode
+
+    def noted(self: Tokenizer, text: str, **options: bool) -> bytes:
+        threads.append(threading.current_thread())
+        return encode(self, text, **options)
+
+    async with serving(demo, max_body_bytes=1 << 22) as server:
+        monkeypatch.setattr(Tokenizer, "encode", noted)
+        for text in ("word", "word " * 100_000):
+            await server.post("/v1/cache/flush", {"scope": {"prefix_text": text}, "timeout_s": 5})
+    assert [thread is threading.main_thread() for thread in threads] == [True, False]
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -60,6 +62,44 @@ def decode(ids: list[int]) -> str:
     return sentencepiece_like().decode(ids, skip_special_tokens=False)
 
 
+def byte_of(token_id: int) -> int | None:
+    return token_id if token_id < 256 else None
+
+
+def byte_stream(context: list[int], decoder: Callable[[list[int]], str] = decode) -> WindowTextStream:
+    return WindowTextStream(decoder, context, byte_of)
+
+
+@pytest.mark.parametrize("character", ["é", "€", "🌊"])
+@pytest.mark.parametrize("count", [1, 60, 500])
+def test_a_long_run_of_byte_tokens_is_shown_character_by_character(character: str, count: int) -> None:
+    stream = byte_stream([256])
+    for _ in range(count):
+        assert "".join(stream.push([byte]) for byte in character.encode()) == character
+    assert stream.push([257]) == " world"
+    assert stream.finish() == ""
+
+
+@pytest.mark.parametrize("character", ["é", "€", "🌊"])
+def test_a_prompt_that_ends_in_byte_tokens_does_not_garble_the_answer(character: str) -> None:
+    prompt = [256, *list((character * 9).encode())]
+    assert streamed(byte_stream(prompt), [[257], list(character.encode()), [258]]) == f" world{character} a"
+    assert streamed(byte_stream(prompt[:-1]), [[prompt[-1]], [257]]) == f"{character} world"
+
+
+def test_one_byte_that_is_none_garbles_only_itself() -> None:
+    ids = [*"€€".encode(), 0xFF, *"€".encode(), 0xE2, 257]
+    assert streamed(byte_stream([256]), [[token] for token in ids]) == "€€\ufffd€\ufffd world"
+
+
+def test_a_tokenizer_knows_its_byte_tokens(tmp_path: Path) -> None:
+    sentencepiece_like().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    stream = tokenizer.text_stream(np.asarray([256, *"€".encode()], dtype="<i4").tobytes())
+    assert streamed(stream, [[byte] for byte in ("€" * 60).encode()]) == "€" * 60
+    assert tokenizer.token_bytes(0xE2) == b"\xe2"
+
+
 def test_a_window_keeps_the_space_between_prompt_and_answer() -> None:
     prompt = [256]
     stream = WindowTextStream(decode, prompt)
@@ -67,7 +107,7 @@ def test_a_window_keeps_the_space_between_prompt_and_answer() -> None:
 
 
 def test_a_window_holds_a_character_of_byte_tokens_back_until_it_is_whole() -> None:
-    stream = WindowTextStream(decode, [256])
+    stream = byte_stream([256])
     euro = list("€".encode())
     assert stream.push(euro[:1]) == ""
     assert stream.push(euro[1:2]) == ""
@@ -84,7 +124,7 @@ whole_characters = st.sampled_from(
 @settings(max_examples=100)
 def test_a_window_gives_the_whole_text_of_whole_characters(parts: list[tuple[int, ...]]) -> None:
     ids = [token for part in parts for token in part]
-    stream = WindowTextStream(decode, [256])
+    stream = byte_stream([256])
     assert streamed(stream, [[token] for token in ids]) == decode([256, *ids]).removeprefix("hello")
 
 
@@ -95,10 +135,8 @@ def test_a_run_that_never_decodes_stays_bounded_and_is_shown() -> None:
         sizes.append(len(ids))
         return decode(ids)
 
-    stream = WindowTextStream(counting, [256])
-    text = streamed(stream, [[0xFF]] * 500)
-    assert set(text) == {REPLACEMENT}
-    assert len(text) == 500
+    for stream in (byte_stream([256], counting), WindowTextStream(counting, [256])):
+        assert streamed(stream, [[0xFF]] * 500) == REPLACEMENT * 500
     assert max(sizes) < 100
 
 

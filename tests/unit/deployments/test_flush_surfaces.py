@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actors.flush_run import FlushRun
 from deployments.flush_surfaces import FAILED_TEXT, FLUSHED_TEXT, judge
-from engine.flush import FLUSH_MODES, GOOD_VERDICTS
+from engine.flush import FLUSH_MODES, GOOD_VERDICTS, FlushMode, FlushVerdict, Verdict
+from tests.unit.actors.fakes import make_request, rank_record
 
 statuses = st.one_of(
     st.sampled_from(["flushed", "flushed", "joined", "gone", "expired", "fenced"]),
@@ -47,6 +49,19 @@ def test_a_2xx_means_that_every_row_is_good_and_somebody_lives(answer: dict[str,
         assert 400 <= outcome.http_status < 600
         assert outcome.message
         assert outcome.native_text
+
+
+@given(st.lists(st.sampled_from(get_args(Verdict)), min_size=1, max_size=4), st.sampled_from(FLUSH_MODES))
+def test_the_doors_and_the_controller_agree(verdicts: list[Verdict], mode: FlushMode) -> None:
+    run = FlushRun(make_request(mode=mode), "then", 0.0)
+    for rank, verdict in enumerate(verdicts):
+        run.expect(rank_record(rank))
+        run.answered(f"incarnation-{rank}", FlushVerdict("f", verdict))
+    answer = run.close(1.0, [])
+    assert judge(answer).success is answer["success"]
+    assert judge(answer).http_status == answer["http_status"]
+    # the doors see a failing row even where the controller's own word is wrong
+    assert judge(answer | {"success": True}).success is answer["success"]
 
 
 def test_a_whole_flush_is_a_success() -> None:

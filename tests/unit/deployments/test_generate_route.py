@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 
+from deployments.http import native_shapes
+from deployments.logprobs import native_logprobs
+from deployments.sampling_fields import seed_of_choice
+from deployments.tokenizer import Tokenizer
+from engine.request import TokenLogprobs
 from tests.unit.deployments.api_server import Demo, Server, scenario, serving, until
 from tests.unit.deployments.asgi_client import sse_events
 
@@ -109,6 +114,31 @@ async def test_logprobs_are_triples_and_the_greedy_token_is_the_likeliest(demo: 
     assert {triple[2] for triple in bare["output_token_logprobs"]} == {None}
 
 
+@scenario
+async def test_a_stream_writes_every_logprob_once(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_written = 0
+
+    def counting(token_ids: list[int], logprobs: list[TokenLogprobs], tokenizer: Tokenizer | None) -> Any:
+        nonlocal num_written
+        num_written += len(token_ids)
+        return native_logprobs(token_ids, logprobs, tokenizer)
+
+    monkeypatch.setattr(native_shapes, "native_logprobs", counting)
+    body = {"text": "x", "sampling_params": GREEDY, "return_logprob": True, "top_logprobs_num": 3}
+    async with serving(demo) as server:
+        events = sse_events((await server.post("/generate", body | {"stream": True})).text)
+        num_streamed = num_written
+        whole = await generate(server, **body)
+    assert num_streamed == 12
+    metas = [event["meta_info"] for event in events]
+    assert [len(meta["output_token_logprobs"]) for meta in metas] == list(range(1, 13))
+    assert all(
+        len(event["output_ids"]) == len(meta["output_top_logprobs"]) for event, meta in zip(events, metas, strict=True)
+    )
+    assert [triple[1] for triple in metas[-1]["output_token_logprobs"]] == whole["output_ids"]
+    assert metas[-1]["output_top_logprobs"][0][0] == metas[0]["output_token_logprobs"][0]
+
+
 @pytest.mark.parametrize("keep", [False, True])
 @scenario
 async def test_a_stop_string_ends_the_text_there_and_the_request_at_once(demo: Demo, keep: bool) -> None:
@@ -149,6 +179,24 @@ async def test_the_same_seed_gives_the_same_tokens_and_choices_differ(demo: Demo
         second = await generate(server, text="Chance", sampling_params=sampling)
     assert [a["output_ids"] for a in first] == [a["output_ids"] for a in second]
     assert len({tuple(a["output_ids"]) for a in first}) == 3
+
+
+def test_choices_of_neighbouring_seeds_have_no_seed_in_common() -> None:
+    seeds = [seed_of_choice(seed, choice) for seed in (*range(50), (1 << 63) - 1) for choice in range(20)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(seed is not None and 0 <= seed < 1 << 63 for seed in seeds)
+    assert [seed_of_choice(7, 0), seed_of_choice(None, 3)] == [7, None]
+    assert seed_of_choice(7, 1) == seed_of_choice(7, 1)
+
+
+@scenario
+async def test_a_start_of_logprobs_means_nothing_without_them_and_ids_may_be_long(demo: Demo) -> None:
+    async with serving(demo) as server:
+        answer = await generate(server, text="x", sampling_params=GREEDY, logprob_start_len=0, rid="r" * 256)
+        wanted = await generate(server, text="x", sampling_params=GREEDY, logprob_start_len=-1, return_logprob=True)
+    assert answer["meta_info"]["id"] == "r" * 256
+    assert "output_token_logprobs" not in answer["meta_info"]
+    assert len(wanted["meta_info"]["output_token_logprobs"]) == 12
 
 
 @scenario

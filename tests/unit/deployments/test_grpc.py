@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 import io
+import threading
 import zipfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,10 +17,12 @@ from typing import Any
 import pytest
 
 from configs.errors import ConfigError
+from deployments import grpc_service
 from deployments.auth import Keys
 from deployments.grpc_server import GrpcServer
 from deployments.grpc_service import GrpcService, status_of
 from deployments.protos import RPCS
+from deployments.tokenizer_archive import tokenizer_archive
 from engine.flush import ALREADY_IN_PROGRESS, TIMED_OUT_WAITING
 from tests.unit.deployments.api_server import Demo, Server, scenario, serving, until
 from tests.unit.deployments.grpc_client import Client, grpc_client
@@ -94,6 +97,19 @@ async def test_health_model_and_server_facts(demo: Demo, tmp_path: Path) -> None
         assert all(load["max_total_num_tokens"] > 0 for load in loads["loads"])
         one = (await door.client.call("GetLoads", {"dp_rank": 1})).message
         assert [load["dp_rank"] for load in one["loads"]] == [1]
+
+
+@scenario
+async def test_loads_without_a_rank_are_a_status(demo: Demo, tmp_path: Path) -> None:
+    async with grpc_door(demo, tmp_path, num_ranks=2) as door:
+        nobody = await door.client.call("GetLoads", {"dp_rank": 9})
+        assert nobody.code == "INVALID_ARGUMENT"
+        assert "dp_rank" in nobody.details
+        door.server.ranks[1].is_mute = True
+        silent = await door.client.call("GetLoads")
+        assert (silent.code, silent.details) == ("UNAVAILABLE", "no answer from rank 1")
+        assert (await door.client.call("GetLoads", {"dp_rank": 1})).code == "UNAVAILABLE"
+        assert (await door.client.call("GetLoads", {"dp_rank": 0})).code == "OK"
 
 
 @scenario
@@ -268,7 +284,10 @@ async def test_keys_are_asked_for(demo: Demo, tmp_path: Path) -> None:
         assert (await door.client.call("HealthCheck")).message["healthy"] is True
         for rpc in ("GetModelInfo", "GetServerInfo", "GetLoads", "Generate", "GetTokenizer", "Abort", "FlushCache"):
             assert (await door.client.call(rpc)).code == "UNAUTHENTICATED", rpc
-        assert (await door.client.call("FlushCache", key="user")).code == "PERMISSION_DENIED"
+        for rpc in ("FlushCache", "Abort"):
+            assert (await door.client.call(rpc, {}, key="user")).code == "PERMISSION_DENIED", rpc
+        ended = await door.client.call("Abort", {"request_id": "nobody"}, key="admin")
+        assert ended.code == "OK"
         assert (await door.client.call("FlushCache", {"timeout_s": 1}, key="admin")).message == {"success": True}
         assert (await door.client.call("GetModelInfo", key="user")).message["served_model_name"] == "tiny"
         told = [await door.client.call(rpc, key="user") for rpc in ("GetModelInfo", "GetServerInfo", "GetLoads")]
@@ -306,8 +325,44 @@ async def test_a_taken_port_is_a_clear_error(demo: Demo, tmp_path: Path) -> None
         await second.stop(0)
 
 
+@scenario
+async def test_replicas_of_a_node_share_a_port_when_told_to(demo: Demo, tmp_path: Path) -> None:
+    async with serving(demo) as server:
+        service = GrpcService(server.core, Keys(), "0.test", 3600.0)
+        first, second = (GrpcServer(service, max_message_bytes=1 << 20, is_shared=True) for _ in range(2))
+        try:
+            port = await first.start("127.0.0.1", 0)
+            assert await second.start("127.0.0.1", port) == port
+            await first.stop(0)
+            async with grpc_client(f"127.0.0.1:{port}", tmp_path) as client:
+                assert (await client.call("HealthCheck")).message["healthy"] is True
+        finally:
+            await first.stop(0)
+            await second.stop(0)
+
+
 def test_an_unexpected_error_tells_nothing_of_the_server() -> None:
     code, text = status_of(RuntimeError("/secret/path in pid 4711"))
     assert code.name == "INTERNAL"
     assert "secret" not in text
     assert "4711" not in text
+
+
+@scenario
+async def test_the_tokenizer_is_packed_once_and_in_a_thread(
+    demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+
+    def noting(directory: Path) -> tuple[bytes, str]:
+        threads.append(threading.get_ident())
+        return tokenizer_archive(directory)
+
+    tokenizer_archive.cache_clear()
+    monkeypatch.setattr(grpc_service, "tokenizer_archive", noting)
+    async with grpc_door(demo, tmp_path) as door:
+        first, second = [await door.client.call("GetTokenizer") for _ in range(2)]
+    assert first.messages == second.messages
+    assert tokenizer_archive.cache_info().misses == 1
+    assert len(threads) == 2
+    assert threading.get_ident() not in threads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tomllib
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pytest
 
 from configs.errors import ConfigError
 from configs.version import VERSION
+from deployments.http import info
 from deployments.http.info import HEALTH_TIMEOUT_S
 from deployments.model_card import read_model_card
-from tests.unit.deployments.api_server import Demo, scenario, serving
+from tests.unit.deployments.api_server import Demo, scenario, serving, until
 
 GENERATE = {"text": "x", "sampling_params": {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}}
 
@@ -83,6 +85,28 @@ async def test_health_asks_no_rank_and_health_generate_asks_all(demo: Demo) -> N
 
 
 @scenario
+async def test_a_full_server_is_a_healthy_one(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = {"temperature": 0, "max_new_tokens": 1500, "ignore_eos": True}
+    async with serving(demo, max_inflight=40) as server:
+        (rank,) = server.ranks
+        running = asyncio.create_task(server.post("/generate", {"text": ["x"] * 40, "sampling_params": long}))
+        await until(lambda: rank.engine.snapshot().num_running == 32, "the rank is full")
+        assert (await server.post("/generate", GENERATE)).status_code == 429
+        monkeypatch.setattr(info, "HEALTH_TIMEOUT_S", 0.2)
+        busy = await server.client.get("/health_generate")
+        num_probes = len(rank.requests) - 40
+        # a rank that is silent is not healthy, however much it has to do
+        rank._hand_out = lambda outputs: None
+        silent = await server.client.get("/health_generate")
+        await server.core.abort(None)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    assert busy.status_code == 200, busy.text
+    assert num_probes == 1
+    assert silent.status_code == 503
+
+
+@scenario
 async def test_loads_have_a_row_per_rank_with_the_sections_asked_for(demo: Demo) -> None:
     async with serving(demo, num_ranks=2) as server:
         for _ in range(2):
@@ -95,9 +119,12 @@ async def test_loads_have_a_row_per_rank_with_the_sections_asked_for(demo: Demo)
         text = await server.client.get("/v1/loads?format=prometheus")
         nobody = await server.client.get("/v1/loads?dp_rank=9")
     assert loads["dp_rank_count"] == 2
+    # gateways parse it as text and drop the whole answer otherwise
+    assert loads["timestamp"] == "2023-11-14T22:13:20+00:00"
     assert [row["dp_rank"] for row in loads["loads"]] == [0, 1]
     for row in loads["loads"]:
         assert row["num_running_reqs"] == row["num_waiting_reqs"] == row["num_used_tokens"] == 0
+        assert row["num_waiting_uncached_tokens"] == 0
         assert row["max_total_num_tokens"] == 256 * 16
         assert "memory" not in row
     assert sum(row["cache_hit_rate"] > 0 for row in loads["loads"]) == 1
@@ -106,6 +133,27 @@ async def test_loads_have_a_row_per_rank_with_the_sections_asked_for(demo: Demo)
     assert [row["dp_rank"] for row in one["loads"]] == [1]
     assert [bad.status_code, text.status_code, nobody.status_code] == [400, 400, 400]
     assert bad.json()["error"]["param"] == "include"
+
+
+@scenario
+async def test_a_silent_rank_is_no_success(demo: Demo) -> None:
+    async with serving(demo, num_ranks=2) as server:
+        server.ranks[0].is_mute = True
+        loads = await server.client.get("/v1/loads")
+        mute = await server.client.get("/v1/loads?dp_rank=0")
+        other = await server.client.get("/v1/loads?dp_rank=1")
+        nobody = await server.client.get("/v1/loads?dp_rank=9")
+    async with serving(demo, num_ranks=0) as server:
+        empty = await server.client.get("/v1/loads")
+    assert loads.status_code == mute.status_code == empty.status_code == 503
+    assert [(row["dp_rank"], row["status"]) for row in loads.json()["loads"]] == [(0, "unreachable"), (1, "serving")]
+    assert "num_running_reqs" not in loads.json()["loads"][0]
+    assert loads.json()["loads"][1]["num_running_reqs"] == 0
+    assert loads.json()["message"] == "no answer from rank 0"
+    # by this word the command line tells an answer from an error, and shows the rows
+    assert loads.json()["success"] is False
+    assert (other.status_code, nobody.status_code) == (200, 400)
+    assert empty.json()["loads"] == []
 
 
 @pytest.mark.parametrize("prefix", ["", "/v1"])
@@ -126,6 +174,20 @@ async def test_tokenize_and_detokenize_undo_each_other(demo: Demo, prefix: str) 
     assert both["text"] == texts
     assert unknown.status_code == 400
     assert empty["text"] == ""
+
+
+@scenario
+async def test_tokenising_counts_as_one_in_flight(demo: Demo) -> None:
+    async with serving(demo, max_inflight=1) as server:
+        with server.core.admission.hold(1):
+            refused = [
+                await server.post("/tokenize", {"prompt": "x"}),
+                await server.post("/detokenize", {"tokens": [5]}),
+            ]
+        taken = await server.post("/tokenize", {"prompt": "x"})
+        assert server.core.admission.num_inflight == 0
+    assert [response.status_code for response in refused] == [429, 429]
+    assert taken.status_code == 200
 
 
 def test_the_version_is_the_packages(request: pytest.FixtureRequest) -> None:

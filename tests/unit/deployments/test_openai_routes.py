@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from deployments.openai_models import Message
 from tests.unit.deployments.api_server import Demo, Server, scenario, serving
 from tests.unit.deployments.asgi_client import sse_events
 
@@ -206,6 +207,29 @@ async def test_fields_that_are_not_used_are_named_and_harmless_ones_are_not(demo
         response = await server.post("/v1/completions", body)
     assert response.status_code == 200
     assert response.headers["x-tidegate-ignored-fields"] == "my_unknown_field"
+
+
+@scenario
+async def test_fields_that_change_nothing_at_their_defaults_are_taken(demo: Demo) -> None:
+    neutral = {
+        "spaces_between_special_tokens": True,
+        "truncate_prompt_tokens": None,
+        "return_cached_tokens_details": False,
+        "add_generation_prompt": True,
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": False},
+    }
+    turns = [*USER, {"role": "assistant", "content": "It is"}]
+    async with serving(demo) as server:
+        assert (await chat(server, **neutral))["events"]
+        await chat(server, messages=turns, add_generation_prompt=False, continue_final_message=True)
+
+
+def test_the_template_sees_who_speaks() -> None:
+    named = Message.model_validate({"role": "user", "content": [{"type": "text", "text": "hi"}], "name": "ada"})
+    bare = Message.model_validate({"role": "user", "content": "hi", "name": None})
+    assert named.for_template == {"role": "user", "content": "hi", "name": "ada"}
+    assert bare.for_template == {"role": "user", "content": "hi"}
 
 
 @scenario

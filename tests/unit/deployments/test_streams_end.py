@@ -12,8 +12,11 @@ import pytest
 
 from configs.errors import RankLost
 from deployments.merge import merged
+from deployments.sequences import Finish, Piece, SequenceJob
 from engine.batch import Batch, StepResult
-from engine.request import Output, RequestStats
+from engine.request import Output, Request, RequestStats
+from tests.unit.actors.ranks import expected, rank_and_fleet
+from tests.unit.actors.ranks import request as wire_request
 from tests.unit.deployments.api_server import Demo, scenario, serving, until
 from tests.unit.deployments.asgi_client import HangingUp, sse_events
 
@@ -92,13 +95,15 @@ async def test_a_rank_lost_before_the_first_token_is_replaced_unseen(demo: Demo,
         server.ranks[0].dies_after = 0
         response = await server.post("/generate", {"text": "again", "sampling_params": SHORT, "stream": stream})
         again = await server.post("/generate", {"text": "again", "sampling_params": SHORT, "stream": stream})
-        sent = [request.attempt for rank in server.ranks for request in rank.requests]
+        sent = [[request.attempt for request in rank.requests] for rank in server.ranks]
         num_resent = server.core.counters.num_resent
     assert response.status_code == again.status_code == 200
     answer = sse_events(response.text)[-1] if stream else response.json()
     assert answer["meta_info"]["completion_tokens"] == 8
     assert answer["meta_info"]["dp_rank"] == 1
-    assert sorted(sent) == [0, 0, 1]
+    assert [len(attempts) for attempts in sent] == [1, 2]
+    assert sent[0] < sent[1]
+    assert len({*sent[0], *sent[1]}) == 3
     assert num_resent == 1
 
 
@@ -193,6 +198,30 @@ async def test_an_id_in_flight_is_refused_and_free_again_afterwards(demo: Demo) 
     assert second.status_code == 409
     assert second.json()["param"] == "rid"
     assert third.status_code == 200
+
+
+@scenario
+async def test_an_id_used_again_inside_a_step_gets_its_own_tokens(demo: Demo) -> None:
+    first = wire_request("job-7", (5, 6, 7), num_tokens=30)
+    again = wire_request("job-7", (8, 9), num_tokens=6)
+    async with serving(demo) as server, rank_and_fleet() as (rank, fleet):
+        core = replace(server.core, fleet=fleet)
+
+        async def pieces(asked: Request) -> list[Piece]:
+            job = SequenceJob(asked.request_id, asked.tokens, asked.sampling)
+            return [piece async for piece in core.stream(asked.request_id, [job])]
+
+        leaving = asyncio.create_task(pieces(first))
+        gate = await rank.inside_a_step()
+        leaving.cancel()
+        await asyncio.wait({leaving})
+        second = asyncio.create_task(pieces(again))
+        # the rank has taken the second in while the step still computes for the first
+        await until(lambda: len(rank.engine._inbox) == 2, "both the abort and the request have come")
+        gate.open()
+        answer = await second
+    assert [token for piece in answer for token in piece.token_ids] == expected(again)
+    assert answer[-1].finish == Finish("length")
 
 
 @scenario

@@ -58,7 +58,7 @@ def test_an_ended_flush_frees_the_slot_and_is_remembered() -> None:
     assert gate.pending is None
     assert pending.ended.result(0) == verdict
     assert verdict.waited_ms == pytest.approx(500)
-    assert gate.verdict_of("f") == verdict
+    assert gate.verdict_of(("f", 0)) == verdict
     assert gate.offer(flush_command("f"), 12.0, IDLE) is verdict
     assert take_in(gate, "next", now_s=12.0).command.flush_id == "next"
 
@@ -80,7 +80,18 @@ def test_the_id_of_another_flush_is_refused_and_the_first_one_kept(other) -> Non
     assert "other arguments" in refusal(gate.offer(other, 10.1, BUSY)).message
     verdict = finish(gate, pending)
     assert refusal(gate.offer(other, 11.0, IDLE)).status == "refused"
-    assert gate.verdict_of("f") == verdict
+    assert gate.verdict_of(("f", 0)) == verdict
+
+
+def test_the_same_id_of_another_intent_is_another_flush() -> None:
+    """The controller frees an id after an hour; what this rank remembers of the first must not answer the second."""
+    gate = FlushGate()
+    first = finish(gate, take_in(gate))
+    again = gate.offer(flush_command("f", "fence", epoch=9, index=9), 4000.0, IDLE)
+    assert isinstance(again, PendingFlush)
+    assert gate.withdraw(("f", 0), 4000.0, IDLE) == first
+    second = finish(gate, again)
+    assert (gate.verdict_of(("f", 0)), gate.verdict_of(("f", 9))) == (first, second)
 
 
 def test_lower_terms_are_refused_but_the_flush_may_still_be_finished_by_the_new_controller() -> None:
@@ -88,7 +99,7 @@ def test_lower_terms_are_refused_but_the_flush_may_still_be_finished_by_the_new_
     gate.see_term(5)
     late = refusal(gate.offer(flush_command(term=4), 10.0, IDLE))
     assert (late.status, "term 5" in late.message) == ("refused", True)
-    assert gate.verdict_of("f") is None
+    assert gate.verdict_of(("f", 0)) is None
     assert isinstance(gate.offer(flush_command(term=5), 10.1, IDLE), PendingFlush)
     assert refusal(gate.offer(flush_command("g", term=4), 10.2, IDLE)).status == "refused"
 
@@ -170,7 +181,7 @@ def test_expiry_loses_against_a_claim() -> None:
     pending = take_in(gate)
     assert pending.claim.try_claim()
     assert gate.expire(pending, 11.0, BUSY) is None
-    assert gate.withdraw("f", 11.0, BUSY) is pending
+    assert gate.withdraw(("f", 0), 11.0, BUSY) is pending
     assert not pending.ended.done()
 
 
@@ -178,6 +189,19 @@ def test_timeout_zero_has_a_moment_to_reach_a_sleeping_engine() -> None:
     pending = FlushGate().offer(flush_command(budget_s=0.0), 10.0, IDLE)
     assert isinstance(pending, PendingFlush)
     assert pending.deadline_s == 10.0 + NOW_GRACE_S
+
+
+@pytest.mark.parametrize("mode", ["wait", "drain"])
+def test_a_timeout_below_the_grace_is_no_shorter_than_zero_on_an_idle_engine(mode: FlushMode) -> None:
+    pending = FlushGate().offer(flush_command(mode=mode, budget_s=0.0, timeout_s=1e-9), 10.0, IDLE)
+    assert isinstance(pending, PendingFlush)
+    assert pending.deadline_s == 10.0 + NOW_GRACE_S
+
+
+def test_a_short_timeout_is_kept_by_a_busy_engine() -> None:
+    pending = FlushGate().offer(flush_command(budget_s=0.003), 10.0, BUSY)
+    assert isinstance(pending, PendingFlush)
+    assert pending.deadline_s == 10.003
 
 
 def test_timeout_zero_ends_refused_when_the_engine_does_not_wake_up() -> None:
@@ -218,21 +242,20 @@ def test_who_can_wait_is_not_refused() -> None:
 def test_withdrawing_ends_only_the_flush_of_that_id() -> None:
     gate = FlushGate()
     pending = take_in(gate)
-    other = gate.withdraw("other", 10.2, BUSY)
-    assert isinstance(other, FlushVerdict)
+    other = refusal(gate.withdraw(("other", 0), 10.2, BUSY))
     assert other.status == "refused"
     assert gate.pending is pending
-    verdict = gate.withdraw("f", 10.2, BUSY)
-    assert isinstance(verdict, FlushVerdict)
+    verdict = refusal(gate.withdraw(("f", 0), 10.2, BUSY))
     assert (verdict.status, pending.ended.result(0)) == ("refused", verdict)
-    assert gate.withdraw("f", 10.3, IDLE) == verdict
+    assert gate.withdraw(("f", 0), 10.3, IDLE) == verdict
 
 
 def test_what_was_withdrawn_before_it_came_is_never_begun() -> None:
     gate = FlushGate()
-    verdict = gate.withdraw("f", 10.0, IDLE)
-    assert gate.offer(flush_command("f"), 10.1, IDLE) == verdict
+    verdict = gate.withdraw(("f", 3), 10.0, IDLE)
+    assert gate.offer(flush_command("f", index=3), 10.1, IDLE) == verdict
     assert gate.pending is None
+    assert isinstance(gate.offer(flush_command("f", index=4), 10.2, IDLE), PendingFlush)
 
 
 def test_an_engine_that_has_not_served_has_nothing_to_flush() -> None:
@@ -264,8 +287,8 @@ def test_the_memory_of_verdicts_is_bounded() -> None:
     gate = FlushGate()
     for number in range(NUM_REMEMBERED_VERDICTS + 1):
         finish(gate, take_in(gate, f"f{number}"))
-    assert gate.verdict_of("f0") is None
-    assert gate.verdict_of("f1") is not None
+    assert gate.verdict_of(("f0", 0)) is None
+    assert gate.verdict_of(("f1", 0)) is not None
 
 
 def test_threads_that_race_for_the_end_leave_exactly_one_verdict() -> None:

@@ -79,7 +79,9 @@ def test_no_more_run_than_may() -> None:
     requests = [rank.submit(f"r{n}", [n + 1] * 3, max_new_tokens=6) for n in range(5)]
     rank.turn()
     assert (rank.loop.snapshot().num_running, rank.loop.snapshot().num_waiting) == (2, 3)
+    assert rank.loop.snapshot().num_waiting_tokens == 9
     rank.finish()
+    assert rank.loop.snapshot().num_waiting_tokens == 0
     assert_as_foretold(rank, *requests)
 
 
@@ -140,6 +142,18 @@ def test_equal_prompts_that_come_together_are_prefilled_once() -> None:
     counters = rank.loop.snapshot().counters
     assert counters.num_cached_tokens == 3 * 36
     assert counters.num_prefill_tokens <= 37 + 3
+
+
+def test_who_waits_for_a_running_prefill_does_not_hold_up_those_behind_it() -> None:
+    rank = FakeRank(page_size=4)
+    first = rank.submit("first", PROMPT, max_new_tokens=4)
+    alike = [rank.submit(f"alike{n}", [*PROMPT, n], max_new_tokens=4) for n in range(3)]
+    other = rank.submit("other", [50, 51, 52], max_new_tokens=2, ignore_eos=True)
+    rank.turn()
+    assert list(rank.answers) == ["first", "other"], "it needed nothing of the first prompt"
+    rank.finish()
+    assert_as_foretold(rank, first, *alike, other)
+    assert rank.loop.snapshot().counters.num_cached_tokens == 3 * 12, "who waited for the prefill found it whole"
 
 
 def test_nobody_waits_for_a_prefix_that_will_never_be_published() -> None:
@@ -460,14 +474,18 @@ def test_waiting_time_is_counted_from_the_arrival() -> None:
 def test_the_sampler_is_told_the_past_only_when_a_penalty_needs_it() -> None:
     rank = FakeRank()
     rank.submit("plain", [1, 2], max_new_tokens=2, ignore_eos=True, seed=5)
-    rank.submit("penalty", [3, 4], max_new_tokens=2, ignore_eos=True, presence_penalty=0.5)
+    rank.submit("presence", [3, 4], max_new_tokens=2, ignore_eos=True, presence_penalty=0.5)
+    rank.submit("repetition", [3, 4], max_new_tokens=2, ignore_eos=True, repetition_penalty=1.5)
     rank.finish()
-    plain, penalty = rank.runner.batches[1].samples
+    plain, presence, repetition = rank.runner.batches[1].samples
     assert (plain.seed, plain.num_generated, plain.prompt_tokens, plain.output_tokens) == (5, 1, None, None)
-    assert penalty.prompt_tokens is not None
-    assert penalty.output_tokens is not None
-    assert penalty.prompt_tokens.tolist() == [3, 4]
-    assert penalty.output_tokens.tolist() == rank.token_ids("penalty")[:1]
+    assert presence.prompt_tokens is None
+    assert presence.output_tokens is not None
+    assert presence.output_tokens.tolist() == rank.token_ids("presence")[:1]
+    assert repetition.prompt_tokens is not None
+    assert repetition.output_tokens is not None
+    assert repetition.prompt_tokens.tolist() == [3, 4]
+    assert repetition.output_tokens.tolist() == rank.token_ids("repetition")[:1]
 
 
 def test_a_request_without_a_seed_gets_the_same_one_in_every_run() -> None:
@@ -478,6 +496,25 @@ def test_a_request_without_a_seed_gets_the_same_one_in_every_run() -> None:
         rank.finish()
         seeds.append(rank.runner.batches[0].samples[0].seed)
     assert seeds[0] == seeds[1]
+
+
+@pytest.mark.parametrize("fault", ["a page in two holds", "a page that does not exist"])
+def test_after_a_violation_nobody_owns_a_page_of_before(fault: str) -> None:
+    rank = FakeRank(page_size=4)
+    requests = [rank.submit(f"r{n}", [n + 1] * 9, max_new_tokens=12, ignore_eos=True) for n in range(3)]
+    rank.turn(3)
+    first, second, _ = [sequence.hold for sequence in rank.scheduler.running]
+    assert first is not None
+    assert second is not None
+    stray = int(first.page_table[-1]) if fault == "a page in two holds" else rank.cache.num_pages + 7
+    second.page_table = np.append(second.page_table[:-1], np.int32(stray))
+    (suspect,) = rank.scheduler.handle(CheckDue(), rank.clock.now_s)
+    assert suspect.violations  # pyright: ignore[reportAttributeAccessIssue]
+    assert rank.cache.sanity_check() == []
+    rank.finish()
+    assert_as_foretold(rank, *requests)
+    assert all_pages_are_back(rank)
+    assert rank.cache.sanity_check() == []
 
 
 def test_a_violation_empties_the_cache_and_is_never_fatal() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +21,12 @@ from actors.log_thread import LogThread
 from actors.metrics import ControlMetrics
 from actors.surroundings import Surroundings
 from configs.schema import ControlSettings
-from tests.unit.actors.fakes import NODE, FakeRank
+from engine.flush import Blockers, FlushCommand, FlushVerdict
+from tests.unit.actors.fakes import NODE, FakeRank, rank_record
 from tests.unit.actors.nodes import FakeNode
+
+#: an answer may leave 50 ms after its deadline, and a machine that does other things is as late again
+LATEST_S = 0.1
 
 
 def run(coroutine: Coroutine[Any, Any, None]) -> None:
@@ -118,7 +123,12 @@ async def control_plane(
     """A controller over `store` in a world of its own; `known` are the actors that Ray would find by name."""
     facts = {"store": store or MemoryStore(), "clock": clock or BootClock(), "ranks": known or []}
     async with world(**facts) as around, around.start(**settings) as plane:
-        yield plane
+        # as the actor does: a pass over all that pytest has loaded takes longer than an answer may be late
+        gc.freeze()
+        try:
+            yield plane
+        finally:
+            gc.unfreeze()
 
 
 async def add(plane: ControlPlane, *ranks: FakeRank) -> None:
@@ -126,3 +136,47 @@ async def add(plane: ControlPlane, *ranks: FakeRank) -> None:
     for rank in ranks:
         rank.registered = await plane.register(rank.record, rank)
         rank.page_nonce = rank.registered.page.nonce
+
+
+def ranks(number: int) -> list[FakeRank]:
+    return [FakeRank(rank_record(rank)) for rank in range(number)]
+
+
+def statuses(answer: dict[str, Any]) -> list[str]:
+    return [row["status"] for row in answer["ranks"]]
+
+
+async def never(command: FlushCommand) -> FlushVerdict:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+def says(status: str, message: str = "") -> Callable[[FlushCommand], Awaitable[FlushVerdict]]:
+    async def behave(command: FlushCommand) -> FlushVerdict:
+        return FlushVerdict(command.flush_id, status, message, blockers=Blockers(running=2))  # type: ignore[arg-type]
+
+    return behave
+
+
+def gated(gate: asyncio.Event) -> Callable[[FlushCommand], Awaitable[FlushVerdict]]:
+    async def behave(command: FlushCommand) -> FlushVerdict:
+        await gate.wait()
+        return FlushVerdict(command.flush_id, "flushed", epoch=command.epoch)
+
+    return behave
+
+
+class Failing(MemoryStore):
+    """Fails at records of one kind: at all of them, or at the first `times`."""
+
+    def __init__(self, kind: type, failure: type[Exception] = OSError, times: int | None = None) -> None:
+        super().__init__()
+        self._mark = f'"{kind.__struct_config__.tag}"'.encode()
+        self._failure = failure
+        self._times_left = times
+
+    def create(self, index: int, data: bytes) -> bool:
+        if self._mark in data and self._times_left != 0:
+            self._times_left = None if self._times_left is None else self._times_left - 1
+            raise self._failure("disk full")
+        return super().create(index, data)
