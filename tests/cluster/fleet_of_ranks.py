@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import shutil
 import signal
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,14 @@ from tests.unit.actors.ranks import build_fake
 #: a prompt of four pages, of which three are reused when it comes again
 PROMPT = tuple(range(1, 14))
 REUSED = 12
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Ask again until it holds; the scenario's own deadline ends it."""
+    for _ in itertools.count():
+        if await condition():
+            return
+        await asyncio.sleep(0.01)
 
 
 @contextmanager
@@ -98,8 +107,11 @@ class Deployment:
         """Have a rank answer a prompt; how many of its tokens were reused."""
         sampling = SamplingParams(temperature=0.0, max_new_tokens=2, ignore_eos=True)
         asked = Request(uuid.uuid4().hex, tokens_of(prompt), sampling)
-        while rank.incarnation not in {member.incarnation for member in self.fleet.members().members}:
-            await asyncio.sleep(0.005)
+
+        async def is_known() -> bool:
+            return rank.incarnation in {member.incarnation for member in self.fleet.members().members}
+
+        await until(is_known)
         outputs = [output async for output in self.fleet.generate(rank.incarnation, asked)]
         stats = outputs[-1].stats
         assert stats is not None, "the last output of a request says what it reused"
@@ -114,9 +126,13 @@ class Deployment:
 
     async def agent(self) -> Any:
         """The agent's handle; it is made when the controller starts."""
-        while (agent := await asyncio.to_thread(find_actor, node_agent_name(self.name, self.node_id))) is None:
-            await asyncio.sleep(0.01)
-        return agent
+        name = node_agent_name(self.name, self.node_id)
+
+        async def is_made() -> bool:
+            return await asyncio.to_thread(find_actor, name) is not None
+
+        await until(is_made)
+        return await asyncio.to_thread(find_actor, name)
 
     async def _membership(self, known_version: int, timeout_s: float) -> Membership:
         return await self.controller.membership.remote(known_version, timeout_s)
