@@ -204,6 +204,7 @@ class ControlPlane:
             wanted_id = None if flush_id is None else text(flush_id, "flush_id")
         except RequestError as error:
             return refusal(error)
+        self._desk.count_ended()
         try:
             entries = await self._audit.read(number, lambda entry: wanted_id in (None, entry.get("flush_id")))
         except OSError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,6 +47,7 @@ _AUDITED = (
     "superseded_by", "replayed", "took_ms",
 )  # fmt: skip
 _MAX_SHOWN = 200
+_COUNT_AFTER_S = 0.001
 
 
 class FlushDesk:
@@ -81,6 +83,8 @@ class FlushDesk:
         self._closing: dict[str, asyncio.Task[Answer]] = {}
         self._flushed_s: float | None = None
         self._num_dry_runs = 0
+        #: answered, but not yet counted
+        self._uncounted: deque[tuple[FlushRequest, Answer]] = deque()
         self._restore()
 
     # --- what callers see -------------------------------------------------------------------------------------------
@@ -136,11 +140,13 @@ class FlushDesk:
 
     def seconds_since_flush(self) -> float | None:
         """Since the last success of a flush of everything in this controller's life."""
+        self.count_ended()
         return None if self._flushed_s is None else self._clock.now_s() - self._flushed_s
 
     def note(self, call: str, caller: str, facts: Mapping[str, Any]) -> None:
-        """Have a control call written to the audit log."""
-        self._audit.note({"call": call, "at": self._clock.wall_text(), "caller": caller} | dict(facts))
+        """Have a control call written to the audit log, behind the flushes that were answered before it."""
+        self.count_ended()
+        self._write_down(call, caller, facts)
 
     # --- what happens meanwhile -------------------------------------------------------------------------------------
 
@@ -158,6 +164,7 @@ class FlushDesk:
 
     def close(self) -> None:
         """Carry nothing on."""
+        self.count_ended()
         for flight in self._flights.values():
             flight.close()
         for closing in self._closing.values():
@@ -181,7 +188,8 @@ class FlushDesk:
             self._book.drop(flight.request)
         self._advance(answer)
         # Ray's counters take 20 us each and the audit log its time: the caller's answer goes first.
-        asyncio.get_running_loop().call_soon(self._count, flight.request, answer)
+        self._uncounted.append((flight.request, answer))
+        asyncio.get_running_loop().call_later(_COUNT_AFTER_S, self.count_ended)
         yielding = self._flights.get(self._yielding.pop(flush_id, ""))
         if yielding is not None and yielding.machine.run.superseded_by == flush_id:
             yielding.handle(SupersederEnded())
@@ -241,6 +249,7 @@ class FlushDesk:
         return await asyncio.shield(closing if closing is not None else self._flights[flush_id].answered)
 
     def _replayed(self, request: FlushRequest, answer: Answer) -> Answer:
+        self.count_ended()
         replayed = answer | {"replayed": True}
         self._note_flush(request, replayed)
         return replayed
@@ -255,6 +264,7 @@ class FlushDesk:
             request, success=False, status="in_progress", message=ALREADY_IN_PROGRESS, http_status=409,
             started_at=self._clock.wall_text(), untouched_tiers=self._untouched(request),
         )  # fmt: skip
+        self.count_ended()
         self._count(request, answer)
         return answer | {"pending_flush_id": refused.other_id}
 
@@ -266,6 +276,11 @@ class FlushDesk:
         """Routers hear of the newest epoch that some rank has, and of the floor once every rank keeps to it."""
         has_swapped = any(row["status"] in ("flushed", "fenced") for row in answer["ranks"])
         self._roster.advance(answer["epoch"] if has_swapped else 0, self._log.state.promised)
+
+    def count_ended(self) -> None:
+        """Have every flush that was answered in the metrics and the audit log."""
+        while self._uncounted:
+            self._count(*self._uncounted.popleft())
 
     def _untouched(self, request: FlushRequest) -> list[str]:
         return [tier for tier in self._limits.tiers if tier not in request.tiers]
@@ -279,11 +294,14 @@ class FlushDesk:
     def _note_flush(self, request: FlushRequest, answer: Answer) -> None:
         rows = [[row["rank"], row["incarnation"], row["status"]] for row in answer["ranks"]]
         facts = {key: answer[key] for key in _AUDITED} | {"timeout_s": request.timeout_s, "scope": _shown(request)}
-        self.note("flush", request.caller, facts | {"ranks": rows})
+        self._write_down("flush", request.caller, facts | {"ranks": rows})
 
     def _note_refused(self, call: str, arguments: Mapping[str, object], answer: Mapping[str, Any]) -> None:
         shown = {str(name)[:_MAX_SHOWN]: repr(value)[:_MAX_SHOWN] for name, value in list(arguments.items())[:16]}
         self.note(call, "", {"arguments": shown} | dict(answer))
+
+    def _write_down(self, call: str, caller: str, facts: Mapping[str, Any]) -> None:
+        self._audit.note({"call": call, "at": self._clock.wall_text(), "caller": caller} | dict(facts))
 
     def _under_way(self, flush_id: str) -> dict[str, Any] | None:
         flight = self._flights.get(flush_id)

@@ -36,6 +36,14 @@ class LogStore(Protocol):
         """Remove the record; nothing if there is none."""
         ...
 
+    def prepare(self) -> None:
+        """Do what can be done of the next `create` before it is known."""
+        ...
+
+    def close(self) -> None:
+        """Give back what was prepared."""
+        ...
+
 
 class MemoryStore:
     """Records in a dict: for tests, and to play a store that several controllers share."""
@@ -55,6 +63,12 @@ class MemoryStore:
     def remove(self, index: int) -> None:
         self._records.pop(index, None)
 
+    def prepare(self) -> None:
+        """Memory is ready."""
+
+    def close(self) -> None:
+        """Nothing was prepared."""
+
 
 class DirectoryStore:
     """One file per record. The content is written under a name of its own and then linked to the record's name: the
@@ -69,21 +83,26 @@ class DirectoryStore:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._directory = directory
         self._is_synced = is_synced
+        #: an empty file for the next record: making one takes 0.4 to 0.7 ms on ext4, writing and linking it 0.03
+        self._draft: _Draft | None = None
         for leftover in directory.glob("*.new"):  # of a writer that was killed before its link
             leftover.unlink(missing_ok=True)
 
     def create(self, index: int, data: bytes) -> bool:
-        draft = self._directory / f"{secrets.token_hex(8)}.new"
+        draft, self._draft = self._draft or _Draft(self._directory), None
         try:
-            self._write(draft, data)
-            os.link(draft, self._path(index))
-        except FileExistsError:
-            return False
+            draft.write(data, self._is_synced)
+            is_created = draft.link(self._path(index))
+        except FileNotFoundError:  # another writer, just started, took the draft for a dead one's
+            draft.discard()
+            draft = _Draft(self._directory)
+            draft.write(data, self._is_synced)
+            is_created = draft.link(self._path(index))
         finally:
-            draft.unlink(missing_ok=True)
-        if self._is_synced:
+            draft.discard()
+        if self._is_synced and is_created:
             _sync_directory(self._directory)
-        return True
+        return is_created
 
     def read(self, index: int) -> bytes | None:
         try:
@@ -97,16 +116,46 @@ class DirectoryStore:
     def remove(self, index: int) -> None:
         self._path(index).unlink(missing_ok=True)
 
+    def prepare(self) -> None:
+        self._draft = self._draft or _Draft(self._directory)
+
+    def close(self) -> None:
+        if self._draft is not None:
+            self._draft.discard()
+            self._draft = None
+
     def _path(self, index: int) -> Path:
         return self._directory / f"{index:012d}.json"
 
-    def _write(self, path: Path, data: bytes) -> None:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            if self._is_synced:
-                os.fsync(file.fileno())
+
+class _Draft:
+    """A file under a name of its own, empty until it is written."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / f"{secrets.token_hex(8)}.new"
+        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+
+    def write(self, data: bytes, is_synced: bool) -> None:
+        left = memoryview(data)
+        while left:
+            left = left[os.write(self._descriptor, left) :]
+        if is_synced:
+            os.fsync(self._descriptor)
+
+    def link(self, path: Path) -> bool:
+        """Give it the name of a record, whole. False: that name is taken."""
+        try:
+            os.link(self._path, path)
+        except FileExistsError:
+            return False
+        return True
+
+    def discard(self) -> None:
+        """Give up the draft's own name; twice is once."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+            self._path.unlink(missing_ok=True)
 
 
 def boot_directory(parent: Path, boot_id: str) -> Path:
@@ -149,6 +198,12 @@ class GcsStore:
     def remove(self, index: int) -> None:
         with gcs_failures_as_os_errors():
             internal_kv._internal_kv_del(self._key(index), namespace=self._NAMESPACE)
+
+    def prepare(self) -> None:
+        """Nothing can be done before the record is known."""
+
+    def close(self) -> None:
+        """Nothing was prepared."""
 
     def _key(self, index: int) -> bytes:
         return f"{self._prefix}{index:012d}".encode()

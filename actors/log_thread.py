@@ -37,7 +37,9 @@ class LogThread:
         return self._loop().run_in_executor(self._thread, self._log.take_over, actor_id, cluster, lease_s)
 
     def append(self, record: Record) -> asyncio.Future[Written]:
-        return self._loop().run_in_executor(self._thread, self._log.append, record)
+        appending = self._loop().run_in_executor(self._thread, self._log.append, record)
+        self._thread.submit(self._log.prepare)  # behind this record, before the next one comes
+        return appending
 
     def check(self) -> asyncio.Future[None]:
         return self._loop().run_in_executor(self._thread, self._log.check)
@@ -47,6 +49,7 @@ class LogThread:
 
     def close(self) -> None:
         """Take nothing more; what was handed in is still done."""
+        self._thread.submit(self._log.close)
         self._thread.shutdown(wait=False)
 
     def _loop(self) -> asyncio.AbstractEventLoop:
