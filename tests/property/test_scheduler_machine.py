@@ -341,7 +341,7 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_whatever_happens_answers_are_those_foretold() -> None:
-    _run(max_examples=250)
+    _run(max_examples=500)
 
 
 @pytest.mark.deep
