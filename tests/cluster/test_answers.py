@@ -139,7 +139,11 @@ def test_bad_input_is_a_4xx_with_the_reason(
 ) -> None:
     response = client.request(method, route, json=body)
     assert response.status_code == status, response.text
-    assert response.text
+    answer = response.json()
+    error = answer["error"] if route.startswith("/v1/") else answer
+    assert error["message"]
+    assert error["code"] == status
+    assert status != 400 or error["param"], "the field is named"
     assert "Traceback" not in response.text
     assert client.get("/health").status_code == 200
 
