@@ -22,7 +22,7 @@ GREEDY = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
 @pytest.fixture(scope="module")
 def reference(tiny_model: Path) -> Any:
     """prompt ids -> greedy continuation of plain transformers in float32."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
 
     def generate(ids: list[int], num_tokens: int) -> list[int]:
         out = model.generate(

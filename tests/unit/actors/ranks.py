@@ -28,8 +28,10 @@ from tests.fakes import EOS, VOCAB_SIZE, FakeRunner, foretell, tokens_of
 
 NODE = "node-here"
 PAGE_SIZE = 4
-NUM_PAGES = 512
-MAX_LEN = 1024
+NUM_PAGES = 4096
+MAX_LEN = 8192
+#: tokens of an answer that is still under way whatever the machine does meanwhile: a second and more of steps
+LONG = 5000
 LIMITS = SchedulerLimits(16, 256, MAX_LEN, (EOS,), 1000, VOCAB_SIZE)
 
 

@@ -24,6 +24,7 @@ from actors.wire import Refused, encode
 from configs.errors import Conflict, ControlUnavailable, RankLost
 from engine.request import Output
 from tests.unit.actors.ranks import (
+    LONG,
     NODE,
     Members,
     collect,
@@ -192,7 +193,7 @@ def test_the_old_connection_of_a_member_that_came_back_breaks_alone() -> None:
         async with running_rank() as rank:
             members = Members(rank)
             async with fleet_of(members) as fleet:
-                stream = fleet.generate(rank.incarnation, request("old", num_tokens=900))
+                stream = fleet.generate(rank.incarnation, request("old", num_tokens=LONG))
                 await anext(stream)
                 old = fleet._seats[rank.incarnation].link
                 for ranks in ((), (rank,)):
@@ -297,7 +298,7 @@ def test_a_fleet_without_a_controller_starts_empty_and_finds_it_later() -> None:
 def test_closing_ends_streams_and_frees_the_rank() -> None:
     async def scenario() -> None:
         async with rank_and_fleet() as (rank, fleet):
-            stream = fleet.generate(rank.incarnation, request(num_tokens=900))
+            stream = fleet.generate(rank.incarnation, request(num_tokens=LONG))
             await anext(stream)
             await fleet.close()
             with pytest.raises(RankLost):
