@@ -167,7 +167,7 @@ class DataPlane:
         if self._closed_because is not None:
             self._refuse(peer, request, self._closed_because)
         elif request.request_id in self._streams:
-            self._refuse(peer, request, "a request of this id is open")
+            self._refuse(peer, request, "a request of this id is open", is_id_open=True)
         else:
             self._streams[request.request_id] = _Stream(peer, request.attempt)
             peer.request_ids.add(request.request_id)
@@ -181,11 +181,11 @@ class DataPlane:
         if own:
             self._on_abort(own, "the client has left")
 
-    def _refuse(self, peer: _Peer, request: Request | None, reason: str) -> None:
+    def _refuse(self, peer: _Peer, request: Request | None, reason: str, *, is_id_open: bool = False) -> None:
         """Say so at once, or, to a congested peer, as soon as it reads: a request without an answer would hang."""
         self.num_dropped_frames += 1
         request_id, attempt = ("", 0) if request is None else (request.request_id, request.attempt)
-        peer.refusals.append(Refused(self._incarnation, request_id, reason, attempt))
+        peer.refusals.append(Refused(self._incarnation, request_id, reason, attempt, is_id_open))
         if peer not in self._congested:
             self._send_pending(peer)
 

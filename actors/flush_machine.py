@@ -242,7 +242,7 @@ class FlushMachine:
             self._told.update(record.incarnation for record in due)
             courtesy_s = OWN_ANSWER_S + OWN_ANSWER_PER_RANK_S * len(self._told)
             self._courtesy_until_s = max(self._courtesy_until_s, now_s + courtesy_s)
-        budget_s = max(0.0, self.plan.deadline_s - now_s)
+        budget_s = self.plan.rank_budget_s(now_s)
         return [TellRank(record, budget_s, self.plan.valid_until_s) for record in due]
 
     def _may_tell(self, record: RankRecord, now_s: float) -> bool:

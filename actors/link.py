@@ -19,7 +19,7 @@ from zmq.utils.monitor import parse_monitor_message
 from actors.loop_socket import LoopSocket, new_socket
 from actors.messages import Member
 from actors.wire import Abort, Refused, Step, Submit, decode_to_api, encode
-from configs.errors import RankLost
+from configs.errors import Conflict, RankLost
 from engine.request import Output, Request
 
 log = logging.getLogger(__name__)
@@ -54,20 +54,20 @@ class Stream:
         self.attempt = request.attempt
         #: prompt and output tokens so far
         self.num_tokens = request.num_prompt_tokens
-        #: the last output, or the reason of the loss, has been put
+        #: the last output, or the error instead of it, has been put
         self.is_ended = False
         # Not bounded here: a rank sends at most max_new_tokens of them.
-        self._items: asyncio.Queue[Output | RankLost] = asyncio.Queue()
+        self._items: asyncio.Queue[Output | RankLost | Conflict] = asyncio.Queue()
 
-    def put(self, item: Output | RankLost) -> None:
+    def put(self, item: Output | RankLost | Conflict) -> None:
         """Add an output, or the error that ends the stream."""
-        self.is_ended = isinstance(item, RankLost) or item.finish is not None
+        self.is_ended = isinstance(item, RankLost | Conflict) or item.finish is not None
         self._items.put_nowait(item)
 
     async def next(self) -> Output:
-        """The next output; raises RankLost after the last one that came."""
+        """The next output; raises RankLost after the last one that came, Conflict instead of the first."""
         item = await self._items.get()
-        if isinstance(item, RankLost):
+        if isinstance(item, RankLost | Conflict):
             raise item
         return item
 
@@ -108,11 +108,11 @@ class Link:
         return len(self._streams)
 
     def open(self, request: Request) -> Stream:
-        """Send `request`. Raises RankLost when the link is down or the request's id is open on it."""
+        """Send `request`. Raises RankLost when the link is down, Conflict when the request's id is open on it."""
         if self.is_lost:
             raise self._lost("its connection is down")
         if request.request_id in self._streams:
-            raise self._lost(f"request {request.request_id} is open on it already")
+            raise _open_already(request.request_id)
         stream = self._streams[request.request_id] = Stream(request)
         self.num_tokens += stream.num_tokens
         if not self._socket.try_send([encode(Submit(self.member.incarnation, request))]):
@@ -182,7 +182,8 @@ class Link:
         self._counters.num_dropped += 1
         stream = self._streams.get(frame.request_id)
         if stream is not None and stream.attempt == frame.attempt and not stream.is_ended:
-            stream.put(self._lost(f"it refused the request: {frame.reason}"))
+            reason = self._lost(f"it refused the request: {frame.reason}")
+            stream.put(_open_already(frame.request_id) if frame.is_id_open else reason)
 
     def _observe(self, parts: list[bytes]) -> None:
         event = parse_monitor_message(parts)["event"]
@@ -194,3 +195,7 @@ class Link:
 
     def _lost(self, reason: str) -> RankLost:
         return RankLost(f"rank {self.member.rank} is lost: {reason}")
+
+
+def _open_already(request_id: str) -> Conflict:
+    return Conflict(f"a request with id {request_id!r} is in flight; ids of running requests are unique", "rid")

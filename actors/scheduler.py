@@ -39,9 +39,6 @@ log = logging.getLogger(__name__)
 _REPORT_PERIOD_S = 1.0
 #: exit status after the engine thread has died
 EXIT_ENGINE_DIED = 70
-#: above the control loops': a rank that computes on every core must not make its own deadlines late. On a GPU the
-#: engine thread is what the device waits for, and stays at 0.
-_CPU_ENGINE_NICENESS = 5
 #: for the last words of a dying rank to reach its clients
 _LAST_WORDS_MS = 200
 #: for the step under way at a stop; the replica that asked for it waits 2 s, then ends the process
@@ -257,8 +254,7 @@ class SchedulerActor:
 
     def _run_engine(self) -> None:
         if self._settings.engine.device == "cpu":
-            # On Linux niceness is a thread's own, and the threads that torch makes inherit it.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _CPU_ENGINE_NICENESS)
+            _leave_a_core_free()
         try:
             self._engine.loop.run()
         except BaseException:
@@ -322,3 +318,15 @@ class SchedulerActor:
             self._page.close()
         if self._socket_path is not None:
             self._socket_path.unlink(missing_ok=True)
+
+
+def _leave_a_core_free() -> None:
+    """Keep this thread, and those that torch makes for it, off the first core of the machine.
+
+    All CPU ranks of a node together then use one core less than there are, so that control loops, the controller and
+    the doors run at once. With every core in a prefill a deadline was answered 50 to 150 ms late on two cores
+    (tests/cluster/test_flush_under_traffic.py), niceness or not: each hop waits for its turn.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) > 1:
+        os.sched_setaffinity(threading.get_native_id(), cores[1:])

@@ -41,6 +41,8 @@ class Refused(msgspec.Struct, frozen=True, tag="refused", array_like=True):
     reason: str
     #: of the request that is refused
     attempt: int = 0
+    #: another request of this id runs there: the caller's doing, and no other rank would be right
+    is_id_open: bool = False
 
 
 ToRank = Submit | Abort

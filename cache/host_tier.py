@@ -239,7 +239,7 @@ class HostTier:
         if known is None:
             return None
         page = self.table.entry(known)
-        if page.drop == words.drop and page.birth_ns >= words.birth_floor_ns:
+        if (page.epoch, page.drop) == (entry.epoch, words.drop) and page.birth_ns >= words.birth_floor_ns:
             return "known"
         self._give_up(known)
         return None

@@ -175,7 +175,7 @@ class ApiCore:
         request_id: by which `abort` finds all of them. Closing the generator aborts what still runs, at once.
         Raises Overloaded, NoRank, RankLost, Conflict (the id is in flight here) or ServiceError.
         """
-        with self.admission.hold(len(jobs)), self._tracked(request_id):
+        with self.admission.hold(len(jobs)), self._tracked(request_id, jobs):
             streams = [self._sequence(job, index) for index, job in enumerate(jobs)]
             async with aclosing(merged(streams)) as pieces:
                 async for piece in pieces:
@@ -258,11 +258,13 @@ class ApiCore:
             raise ServiceError("the answer would rest on KV that a flush has invalidated; it was stopped")
 
     @contextmanager
-    def _tracked(self, request_id: str) -> Iterator[None]:
-        if request_id in self._inflight:
-            raise Conflict(f"a request with id {request_id!r} is in flight; ids of running requests are unique", "rid")
-        self._inflight.add(request_id)
+    def _tracked(self, request_id: str, jobs: Sequence[SequenceJob]) -> Iterator[None]:
+        """Keep the id of the whole and those of its prompts, which a list of ids may name one by one."""
+        ids = {request_id, *(job.request_id.partition("#")[0] for job in jobs)}
+        for taken in ids & self._inflight:
+            raise Conflict(f"a request with id {taken!r} is in flight; ids of running requests are unique", "rid")
+        self._inflight |= ids
         try:
             yield
         finally:
-            self._inflight.discard(request_id)
+            self._inflight -= ids

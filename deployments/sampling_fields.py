@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from typing import Annotated, TypeVar
+from typing import Annotated, TypeVar, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -37,9 +37,13 @@ def _top_k(value: int) -> int:
     return value
 
 
+def _few_entries(value: object) -> object:
+    if isinstance(value, dict) and len(cast(dict[object, object], value)) > 1024:
+        raise ValueError(f"logit_bias has {len(cast(dict[object, object], value))} entries, the limit is 1024")
+    return value
+
+
 def _logit_bias(value: dict[str, float]) -> dict[str, float]:
-    if len(value) > 1024:
-        raise ValueError(f"logit_bias has {len(value)} entries, the limit is 1024")
     for token, bias in value.items():
         if not (token.isascii() and token.isdigit() and len(token) <= 10):
             raise ValueError(f"logit_bias: {token[:40]!r} is not a token id")
@@ -49,7 +53,8 @@ def _logit_bias(value: dict[str, float]) -> dict[str, float]:
 
 
 TopK = Annotated[int, Field(le=2**31 - 1), AfterValidator(_top_k)]
-LogitBias = Annotated[dict[str, float], AfterValidator(_logit_bias)]
+#: their number is looked at before the first entry
+LogitBias = Annotated[dict[str, float], BeforeValidator(_few_entries), AfterValidator(_logit_bias)]
 
 
 def stop_strings(value: StopString | StopList | None) -> tuple[str, ...]:

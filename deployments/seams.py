@@ -23,8 +23,8 @@ class Fleet(Protocol):
     def generate(self, incarnation: str, request: Request) -> AsyncGenerator[Output, None]:
         """Send `request` to that incarnation and yield what it answers, the last output with `finish` set.
 
-        Raises RankLost when the incarnation ends first. Closing the iterator before its end aborts the request on
-        the rank at once.
+        Raises RankLost when the incarnation ends first, Conflict when the id is open there. Closing the iterator
+        before its end aborts the request on the rank at once.
         """
         ...
 

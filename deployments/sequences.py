@@ -7,6 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from deployments.detokenize import TextStream
+from deployments.logprobs import TextOffsets
 from deployments.sampling_fields import MAX_SEQUENCES
 from deployments.stop_strings import StopStrings
 from engine.request import FinishReason, Output, RequestStats, SamplingParams, TokenLogprobs
@@ -108,10 +109,12 @@ class SequenceText:
 class Answer:
     """One sequence's pieces put together."""
 
-    __slots__ = ("finish", "logprobs", "rank", "stats", "text", "token_ids")
+    __slots__ = ("finish", "logprobs", "offsets", "rank", "stats", "text", "token_ids")
 
     def __init__(self) -> None:
         self.text = ""
+        #: of those of its tokens that were shown in chunks of a completion
+        self.offsets = TextOffsets()
         #: one per token id; None when none were asked for
         self.logprobs: list[TokenLogprobs] | None = None
         self.token_ids: list[int] = []

@@ -48,11 +48,14 @@ class AdminRoutes:
     async def flush(self, request: Request) -> Response:
         """JSON in, the whole verdict out, with the code that says what happened."""
         arguments = await read_json_object(request, self.door.max_body_bytes)
-        for name in arguments.keys() - _FLUSH_FIELDS:
+        for name in (name for name in arguments if name not in _FLUSH_FIELDS):
             raise InvalidField(f"unknown field {name[:64]!r}; there are {', '.join(sorted(_FLUSH_FIELDS))}", name[:64])
         arguments = await _with_prefix_tokens(self.door, arguments)
         answer = await self.door.core.controller.flush(arguments | {"caller": "http:/v1/cache/flush"})
-        return JsonResponse(answer, status_code=judge(answer).http_status)
+        outcome = judge(answer)
+        if outcome.http_status == InvalidField.http_status:
+            raise InvalidField(outcome.message, answer.get("param"))
+        return JsonResponse(answer, status_code=outcome.http_status)
 
     async def flush_status(self, request: Request) -> Response:
         """The answer of an earlier flush, late verdicts included. 200 says that it is known, not that it succeeded."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from deployments.logprobs import chat_logprobs, completion_logprobs
+from deployments.logprobs import TextOffsets, chat_logprobs, completion_logprobs
 from deployments.sequences import Answer, Piece
 from deployments.tokenizer import Tokenizer
 
@@ -45,7 +45,7 @@ class CompletionShape(_BaseShape):
             {
                 "index": index,
                 "text": answer.text,
-                "logprobs": self._logprobs(answer, 0),
+                "logprobs": self._logprobs(answer, TextOffsets()),
                 "finish_reason": _finish(answer),
                 "matched_stop": _matched(answer),
             }
@@ -54,13 +54,12 @@ class CompletionShape(_BaseShape):
         return self.head | {"object": "text_completion", "choices": choices, "usage": usage}
 
     def chunks(self, piece: Piece, answer: Answer, include_usage: bool) -> Iterator[dict[str, Any]]:
-        offset = len(answer.text)
         answer.add(piece)
         if _shows_something(piece):
             choice = {
                 "index": piece.index,
                 "text": piece.text,
-                "logprobs": self._logprobs(piece, offset),
+                "logprobs": self._logprobs(piece, answer.offsets),
                 "finish_reason": _finish(piece),
                 "matched_stop": _matched(piece),
             }
@@ -73,10 +72,10 @@ class CompletionShape(_BaseShape):
         chunk = self.head | {"object": "text_completion", "choices": choices}
         return chunk | {"usage": None} if include_usage else chunk
 
-    def _logprobs(self, part: Answer | Piece, text_offset: int) -> dict[str, Any] | None:
+    def _logprobs(self, part: Answer | Piece, offsets: TextOffsets) -> dict[str, Any] | None:
         if part.logprobs is None:
             return None
-        return completion_logprobs(part.token_ids, part.logprobs, text_offset, self.tokenizer)
+        return completion_logprobs(part.token_ids, part.logprobs, offsets, self.tokenizer)
 
 
 class ChatShape(_BaseShape):

@@ -22,7 +22,7 @@ GREEDY = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
 @pytest.fixture(scope="module")
 def reference(tiny_model: Path) -> Any:
     """prompt ids -> greedy continuation of plain transformers in float32."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
 
     def generate(ids: list[int], num_tokens: int) -> list[int]:
         out = model.generate(
@@ -139,7 +139,11 @@ def test_bad_input_is_a_4xx_with_the_reason(
 ) -> None:
     response = client.request(method, route, json=body)
     assert response.status_code == status, response.text
-    assert response.text
+    answer = response.json()
+    error = answer["error"] if route.startswith("/v1/") else answer
+    assert error["message"]
+    assert error["code"] == status
+    assert status != 400 or error["param"], "the field is named"
     assert "Traceback" not in response.text
     assert client.get("/health").status_code == 200
 

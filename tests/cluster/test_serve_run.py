@@ -42,6 +42,11 @@ def _is_healthy(server: Server) -> bool:
         return False
 
 
+def _take_sigint() -> None:
+    """Ray's command ends by KeyboardInterrupt only, and a test run started with `&` inherits an ignored SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def _serve_run(server: Server, config: Path) -> Iterator[subprocess.Popen[bytes]]:
     command = [str(Path(sys.executable).parent / "serve"), "run", str(config)]
@@ -49,8 +54,9 @@ def _serve_run(server: Server, config: Path) -> Iterator[subprocess.Popen[bytes]
     env = server.env | {"RAY_TMPDIR": str(server.home)}
     with server.log_path.open("wb") as log:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-        )
+            command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            preexec_fn=_take_sigint,
+        )  # fmt: skip
     server.process = process
     try:
         until(lambda: process.poll() is not None or _is_healthy(server), START_TIMEOUT_S, f"ready\n{server.log}")

@@ -34,8 +34,10 @@ from tests.unit.cache.node_files import FastClock
 
 NODE = "node-here"
 PAGE_SIZE = 4
-NUM_PAGES = 512
-MAX_LEN = 1024
+NUM_PAGES = 4096
+MAX_LEN = 8192
+#: tokens of an answer that is still under way whatever the machine does meanwhile: a second and more of steps
+LONG = 5000
 #: word of a control page that holds the end of the lease
 LEASE_END = 67
 LIMITS = SchedulerLimits(16, 256, MAX_LEN, (EOS,), 1000, VOCAB_SIZE)

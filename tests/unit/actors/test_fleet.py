@@ -21,9 +21,10 @@ from actors.data_plane import DataPlane
 from actors.loop_socket import end_context
 from actors.messages import Member, Membership
 from actors.wire import Refused, encode
-from configs.errors import ControlUnavailable, RankLost
+from configs.errors import Conflict, ControlUnavailable, RankLost
 from engine.request import Output
 from tests.unit.actors.ranks import (
+    LONG,
     NODE,
     Members,
     collect,
@@ -192,7 +193,7 @@ def test_the_old_connection_of_a_member_that_came_back_breaks_alone() -> None:
         async with running_rank() as rank:
             members = Members(rank)
             async with fleet_of(members) as fleet:
-                stream = fleet.generate(rank.incarnation, request("old", num_tokens=900))
+                stream = fleet.generate(rank.incarnation, request("old", num_tokens=LONG))
                 await anext(stream)
                 old = fleet._seats[rank.incarnation].link
                 for ranks in ((), (rank,)):
@@ -208,6 +209,27 @@ def test_the_old_connection_of_a_member_that_came_back_breaks_alone() -> None:
                 assert fleet._seats[rank.incarnation].retry is None
                 asked = request("new")
                 assert tokens(await collect(fleet, rank.incarnation, asked)) == expected(asked)
+
+    run(scenario())
+
+
+def test_an_id_that_is_open_on_its_rank_is_a_conflict_and_no_loss() -> None:
+    async def scenario() -> None:
+        async with rank_and_fleet() as (rank, fleet):
+            asked = request(num_tokens=40, attempt=6)
+            stream = fleet.generate(rank.incarnation, asked)
+            got = [await anext(stream)]
+            # from this process, and as the rank says it of another one's
+            with pytest.raises(Conflict):
+                await anext(fleet.generate(rank.incarnation, asked))
+            link = fleet._seats[rank.incarnation].link
+            other = link.open(replace(asked, request_id="other"))
+            link._receive([encode(Refused(rank.incarnation, "other", "it is open", attempt=6, is_id_open=True))])
+            with pytest.raises(Conflict, match="'other' is in flight"):
+                await other.next()
+            link.end(other)
+            got += [output async for output in stream]
+            assert tokens(got) == expected(asked)
 
     run(scenario())
 
@@ -276,7 +298,7 @@ def test_a_fleet_without_a_controller_starts_empty_and_finds_it_later() -> None:
 def test_closing_ends_streams_and_frees_the_rank() -> None:
     async def scenario() -> None:
         async with rank_and_fleet() as (rank, fleet):
-            stream = fleet.generate(rank.incarnation, request(num_tokens=900))
+            stream = fleet.generate(rank.incarnation, request(num_tokens=LONG))
             await anext(stream)
             await fleet.close()
             with pytest.raises(RankLost):

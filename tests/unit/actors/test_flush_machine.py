@@ -132,7 +132,7 @@ def test_stored_before_told_and_stored_before_answered() -> None:
     assert (intent.takes_epoch, intent.members) == (True, ("incarnation-0", "incarnation-1"))
     assert kinds(flush.stored()) == [events.TellRank, events.TellRank]
     order = flush.all(events.TellRank)[0]
-    assert (order.budget_s, order.valid_until_s) == (2.0, START_S + 2.0 + SLACK_S)
+    assert (order.budget_s, order.valid_until_s) == (1.98, START_S + 2.0 + SLACK_S)
     flush.answer_of(0, "flushed")
     assert flush.all(events.StoreOutcome) == []
     assert kinds(flush.answer_of(1, "flushed")) == [events.StoreOutcome]
@@ -157,7 +157,7 @@ def test_the_floor_first_where_nothing_may_be_taken_back(mode: str) -> None:
     flush.raised(0)
     assert flush.told == [1, 0]
     # not less than the grace for one engine step
-    assert all(order.budget_s == 5.0 for order in flush.all(events.TellRank))
+    assert all(order.budget_s == 4.98 for order in flush.all(events.TellRank))
     flush.answer_of(0, "flushed")
     flush.answer_of(1, "flushed")
     flush.say(events.OutcomeStored())
@@ -184,7 +184,7 @@ def test_a_rank_is_told_when_it_is_known_what_its_clock_shows() -> None:
     nodes.unheard.clear()
     flush.say(events.NodeChanged("node-1"), at_s=1.0)
     assert flush.told == [0, 1]
-    assert flush.all(events.TellRank)[1].budget_s == 2.0
+    assert flush.all(events.TellRank)[1].budget_s == 1.98
 
 
 def test_one_whose_node_was_never_heard_of_is_unreachable() -> None:

@@ -12,8 +12,9 @@ import zmq
 
 from actors.fleet import MemberLoad
 from actors.messages import AbortCommand
-from configs.errors import RankLost
+from configs.errors import Conflict, RankLost
 from tests.unit.actors.ranks import (
+    LONG,
     Members,
     collect,
     expected,
@@ -72,7 +73,7 @@ def test_a_repeated_prompt_is_cached() -> None:
 def test_a_closed_iterator_aborts_its_request_at_once() -> None:
     async def scenario() -> None:
         async with rank_and_fleet() as (rank, fleet):
-            async with aclosing(fleet.generate(rank.incarnation, request(num_tokens=900))) as stream:
+            async with aclosing(fleet.generate(rank.incarnation, request(num_tokens=LONG))) as stream:
                 await anext(stream)
                 assert fleet.loads()[rank.incarnation].num_requests == 1
             assert fleet.loads()[rank.incarnation] == MemberLoad(0, 0)
@@ -101,7 +102,7 @@ def test_load_counts_prompt_and_generated_tokens() -> None:
 def test_a_control_call_aborts_by_id_or_all() -> None:
     async def scenario() -> None:
         async with rank_and_fleet() as (rank, fleet):
-            streams = {i: fleet.generate(rank.incarnation, request(i, num_tokens=900)) for i in ("a", "b", "c")}
+            streams = {i: fleet.generate(rank.incarnation, request(i, num_tokens=LONG)) for i in ("a", "b", "c")}
             for stream in streams.values():
                 await anext(stream)
             assert await rank.actor.abort(AbortCommand(("a", "unknown"), "asked to", 1, math.inf)) == {"num_aborted": 1}
@@ -117,9 +118,9 @@ def test_a_control_call_aborts_by_id_or_all() -> None:
 def test_a_refused_request_says_why_and_the_rank_goes_on() -> None:
     async def scenario() -> None:
         async with rank_and_fleet() as (rank, fleet):
-            answer = await collect(fleet, rank.incarnation, request("long", [1] * 2000))
+            answer = await collect(fleet, rank.incarnation, request("long", [1] * 20_000))
             assert answer[-1].finish == "error"
-            assert "2,000 tokens" in answer[-1].message
+            assert "20,000 tokens" in answer[-1].message
             asked = request("fine")
             assert tokens(await collect(fleet, rank.incarnation, asked)) == expected(asked)
 
@@ -129,9 +130,9 @@ def test_a_refused_request_says_why_and_the_rank_goes_on() -> None:
 def test_an_id_that_is_open_elsewhere_is_refused() -> None:
     async def scenario() -> None:
         async with running_rank() as rank, fleet_of(Members(rank)) as one, fleet_of(Members(rank)) as other:
-            stream = one.generate(rank.incarnation, request("same", num_tokens=900))
+            stream = one.generate(rank.incarnation, request("same", num_tokens=LONG))
             await anext(stream)
-            with pytest.raises(RankLost, match="a request of this id is open"):
+            with pytest.raises(Conflict, match="is in flight"):
                 await collect(other, rank.incarnation, request("same"))
             assert (await anext(stream)).finish is None
             await stream.aclose()

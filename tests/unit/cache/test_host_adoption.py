@@ -9,7 +9,7 @@ from cache.host_eviction import LruOrder
 from cache.host_tier import TierCounts
 from cache.shared_words import Words, store_word
 from cache.slot_owners import SlotRef
-from cache.slot_table import DROP, EPOCH, STATE
+from cache.slot_table import CHECKSUM, DROP, EPOCH, STATE
 from cache.types import Epoch
 from tests.unit.cache.host_parts import HostNode, check, content_of, key_of, write_one
 
@@ -190,19 +190,23 @@ def test_each_violation_is_named_and_healed_without_an_exception(fault, word: st
     check(node.tier)
 
 
-@pytest.mark.parametrize("bit", range(128))
-def test_a_key_with_a_flipped_bit_hides_no_page(bit: int):
-    node = HostNode()
-    rank = node.new_rank()
-    node.put(rank, KEYS[:1])
-    slot = node.reader().look_up(KEYS[0], Epoch(0)).slots[0]
-    node.tier.table.rows[slot, 1 + bit // 64] ^= np.uint64(1 << bit % 64)
-    assert node.get(KEYS[:1]) == []
-    node.tier.heal()
-    check(node.tier)
-    assert node.put(rank, KEYS[:1]) == ["committed"]
-    assert len(node.get(KEYS[:1])) == 1
-    check(node.tier)
+@pytest.mark.parametrize("column", range(STATE, CHECKSUM + 1))
+def test_a_row_with_any_bit_flipped_hides_no_page(column: int):
+    for bit in range(64):
+        node = HostNode()
+        rank = node.new_rank()
+        node.put(rank, KEYS[:1])
+        slot = node.reader().look_up(KEYS[0], Epoch(0)).slots[0]
+        node.tier.table.rows[slot, column] ^= np.uint64(1 << bit)
+        reader = node.reader()
+        assert node.get(KEYS[:1], reader=reader) == []
+        for ref in reader.corrupt:
+            assert node.tier.report_corrupt(ref)
+        node.tier.heal()
+        check(node.tier)
+        assert node.put(rank, KEYS[:1]) == ["committed"]
+        assert len(node.get(KEYS[:1])) == 1
+        check(node.tier)
 
 
 def test_a_free_slot_that_was_scribbled_on_is_not_leased():

@@ -287,6 +287,15 @@ async def test_a_flood_of_unknown_fields_is_refused_at_once(demo: Demo) -> None:
 
 
 @scenario
+async def test_too_many_biases_are_refused_before_one_is_looked_at(demo: Demo) -> None:
+    async with serving(demo) as server:
+        body = {"prompt": "x", "logit_bias": {str(number): "x" for number in range(2000)}}
+        error = (await server.post("/v1/completions", body)).json()["error"]
+    assert error["param"] == "logit_bias"
+    assert "2000 entries" in error["message"]
+
+
+@scenario
 async def test_deep_but_legal_json_does_not_hurt(demo: Demo) -> None:
     async with serving(demo) as server:
         deep = await server.post("/v1/chat/completions", CHAT | {"max_tokens": 1, "metadata": DEEP})

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from deployments.logprobs import TextOffsets, completion_logprobs
 from deployments.openai_models import Message
+from engine.request import TokenLogprobs
 from tests.unit.deployments.api_server import Demo, Server, scenario, serving
 from tests.unit.deployments.asgi_client import sse_events
 
@@ -150,11 +152,31 @@ async def test_completion_logprobs_name_offsets_of_the_text(demo: Demo) -> None:
     logprobs = answer["choices"][0]["logprobs"]
     assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == len(logprobs["text_offset"]) == 12
     assert logprobs["text_offset"][0] == 0
-    assert all(len(tops) <= 2 for tops in logprobs["top_logprobs"])
+    assert all(len(tops) <= 3 for tops in logprobs["top_logprobs"])
+    pairs = zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True)
+    assert all(tops[token] == logprob for token, logprob, tops in pairs)
     assert all(math.isfinite(value) for value in logprobs["token_logprobs"])
     streamed = [token for event in events for token in event["choices"][0]["logprobs"]["tokens"]]
     assert streamed == logprobs["tokens"]
-    assert chosen_only["choices"][0]["logprobs"]["top_logprobs"] == [{}] * 12
+    streamed_offsets = [offset for event in events for offset in event["choices"][0]["logprobs"]["text_offset"]]
+    assert streamed_offsets == logprobs["text_offset"]
+    only = chosen_only["choices"][0]["logprobs"]
+    assert only["top_logprobs"] == [
+        {token: one} for token, one in zip(only["tokens"], only["token_logprobs"], strict=True)
+    ]
+
+
+def test_completion_logprobs_of_half_characters_and_of_unlikely_tokens(demo: Demo) -> None:
+    tokens = [next(i for i in range(512) if demo.tokenizer.token_bytes(i) == byte) for byte in (b"a", b"\xc3", b"\xa9")]
+    half, rest = tokens[1:]
+    one = TokenLogprobs(-5.0, (half, rest), (-0.5, -1.0))
+    offsets = TextOffsets()
+    shown = completion_logprobs(tokens, [one, one, one], offsets, demo.tokenizer)
+    assert shown["tokens"] == ["a", "bytes:\\xc3", "bytes:\\xa9"]
+    assert shown["top_logprobs"][0] == {"bytes:\\xc3": -0.5, "bytes:\\xa9": -1.0, "a": -5.0}
+    assert shown["text_offset"] == [0, 1, 1]
+    # pieces go on where the last one ended, whatever of its text was held back
+    assert completion_logprobs(tokens[:1], [one], offsets, demo.tokenizer)["text_offset"] == [2]
 
 
 @scenario

@@ -185,6 +185,23 @@ async def test_texts_that_are_being_tokenised_count_as_taken_in(demo: Demo, monk
 
 
 @scenario
+async def test_every_id_of_a_list_is_in_flight(demo: Demo) -> None:
+    sampling = {"temperature": 0, "max_new_tokens": 1500, "ignore_eos": True}
+    async with serving(demo) as server:
+        body = {"text": ["x", "y"], "rid": ["a", "b"], "sampling_params": sampling | {"n": 2}}
+        first = asyncio.create_task(server.post("/generate", body))
+        await until(lambda: len(server.ranks[0].requests) == 4, "all are running")
+        for rid in ("a", "b", ["c", "b"]):
+            texts = ["x"] * len(rid) if isinstance(rid, list) else "x"
+            again = await server.post("/generate", {"text": texts, "rid": rid})
+            assert again.status_code == 409
+            assert again.json()["param"] == "rid"
+        await server.core.abort(None)
+        await first
+        assert (await server.post("/generate", {"text": "x", "rid": "b"})).status_code == 200
+
+
+@scenario
 async def test_an_id_in_flight_is_refused_and_free_again_afterwards(demo: Demo) -> None:
     async with serving(demo) as server:
         running = HangingUp(
