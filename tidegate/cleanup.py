@@ -33,6 +33,9 @@ BUSY = "busy"
 _HUNT_S = 6.0
 #: the cleanup needs less than _HUNT_S and some file operations
 _WAIT_S = 9
+#: where the processes of a node share their control page (configs: control.shared_dir), and the size of one
+_SHARED_MEMORY = Path("/dev/shm")
+_PAGE_BYTES = 4096
 #: how long an earlier server's cleanup is waited for; it needs less than _HUNT_S
 _LOCK_WAIT_S = 10
 
@@ -54,6 +57,8 @@ def hold(root: Path, ray_temp: Path, mark: str, owner: int) -> int:
     family.end(_HUNT_S)
     for folder in {root, ray_temp}:
         sweep_sockets(folder)
+    if _SHARED_MEMORY.is_dir():
+        sweep_pages(_SHARED_MEMORY)
     return 0
 
 
@@ -146,6 +151,37 @@ def sweep_sockets(folder: Path) -> list[Path]:
     for path in dead:
         path.unlink(missing_ok=True)
     return dead
+
+
+def sweep_pages(folder: Path) -> list[Path]:
+    """Remove the control pages in `folder` that no living process writes or reads; returns what was removed.
+
+    A file that also holds KV pages stays: the next server with the same name adopts it (cache/shared_file.py).
+    """
+    removed: list[Path] = []
+    for lock in folder.glob("tidegate-*.lock"):
+        page = lock.with_suffix(".kv")
+        try:
+            if (page.exists() and page.stat().st_size > _PAGE_BYTES) or not _is_unlocked(lock):
+                continue
+        except OSError:  # another user's, or gone meanwhile
+            continue
+        for path in (page, lock):
+            path.unlink(missing_ok=True)
+            removed.append(path)
+    return removed
+
+
+def _is_unlocked(lock: Path) -> bool:
+    """Neither the writer's byte nor the readers' is locked by a living process; see cache/writer_lock.py."""
+    descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 2, 0)
+    except (BlockingIOError, PermissionError):
+        return False
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def _take(descriptor: int) -> bool:

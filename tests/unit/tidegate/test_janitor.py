@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.cache.node_files import held_elsewhere
 from tests.unit.tidegate.fakes import FakeServer, gone_within, is_alive
-from tidegate.cleanup import sweep_sockets
+from tidegate.cleanup import sweep_pages, sweep_sockets
 
 
 @pytest.fixture
@@ -88,3 +89,21 @@ def test_only_sockets_that_nobody_listens_on_are_removed(tmp_path: Path, monkeyp
         Path("file").touch()
         assert [path.name for path in sweep_sockets(Path())] == ["dead.ipc"]
         assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "live.ipc"]
+
+
+def test_only_control_pages_that_nobody_uses_are_removed(tmp_path: Path) -> None:
+    def make(name: str, size: int) -> Path:
+        (tmp_path / f"tidegate-{name}.kv").write_bytes(bytes(size))
+        lock = tmp_path / f"tidegate-{name}.lock"
+        lock.touch()
+        return lock
+
+    written, read = make("written", 4096), make("read", 4096)
+    make("dead", 4096)
+    make("arena", 8192)
+    (tmp_path / "another.lock").touch()
+    with held_elsewhere(written, "write"), held_elsewhere(read, "read"):
+        removed = sweep_pages(tmp_path)
+    assert sorted(path.name for path in removed) == ["tidegate-dead.kv", "tidegate-dead.lock"]
+    assert len(list(tmp_path.iterdir())) == 7
+    assert len(sweep_pages(tmp_path)) == 4
