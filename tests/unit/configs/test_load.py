@@ -56,11 +56,6 @@ def test_a_door_that_contradicts_the_settings_is_refused(tmp_path: Path) -> None
         load_settings(_written(tmp_path, text))
 
 
-def test_a_setting_that_would_do_nothing_is_none() -> None:
-    with pytest.raises(ConfigError, match="lease_s"):
-        settings_from_dict({"control": {"lease_s": 5}})
-
-
 @pytest.mark.parametrize("applications", ["[]", "[{name: a}, {name: b}]", "7", "[7]"])
 def test_a_serve_config_has_exactly_one_application(tmp_path: Path, applications: str) -> None:
     with pytest.raises(ConfigError, match="exactly one Serve application"):
