@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections import Counter
@@ -75,9 +74,17 @@ def _num_steps(client: httpx.Client) -> list[int]:
     return [rank["counters"]["num_steps"] for rank in sorted(ranks, key=lambda rank: rank["rank"])]
 
 
+def _through_the_door_ms(client: httpx.Client) -> float:
+    """What a call takes that asks no rank and no controller."""
+    begin = time.monotonic()
+    assert client.get("/v1/models").status_code == 200
+    return (time.monotonic() - begin) * 1000
+
+
 def test_a_hundred_waits_answer_on_time_inside_long_steps(slow_server: Server) -> None:
     url = slow_server.url
     late_ms: list[float] = []
+    door_ms: list[float] = []
     reasons: list[str] = []
     with Traffic(url, clients=16, prompt_tokens=1900) as traffic, httpx.Client(base_url=url, timeout=60) as client:
         until(lambda: traffic.answered > 0, 120, "traffic flows")
@@ -89,6 +96,7 @@ def test_a_hundred_waits_answer_on_time_inside_long_steps(slow_server: Server) -
             late_ms.append((took - TIMEOUT_S) * 1000)
             assert answer.status_code == 400, answer.text
             reasons.append(answer.text.strip())
+            door_ms.append(_through_the_door_ms(client))
         elapsed_s = time.monotonic() - begun
         num_steps = [after - before for before, after in zip(steps_before, _num_steps(client), strict=True)]
         waiting = threading.Thread(
@@ -100,7 +108,9 @@ def test_a_hundred_waits_answer_on_time_inside_long_steps(slow_server: Server) -
     # traffic has stopped: the flush that waited is granted
     waiting.join(timeout=120)
     late_ms.sort()
-    print(json.dumps({"p50_late_ms": late_ms[TRIALS // 2], "p99_late_ms": late_ms[98], "max_late_ms": late_ms[-1]}))
+    door_ms.sort()
+    for name, times_ms in (("late", late_ms), ("door", door_ms)):
+        print(f"{name}_ms: p50 {times_ms[TRIALS // 2]:.1f}, p99 {times_ms[98]:.1f}, max {times_ms[-1]:.1f}")
     print(Counter(reasons))
     assert traffic.failed == []
     # a rank whose verdict does not arrive in time is named as such, which is as true; it must be rare
@@ -108,8 +118,8 @@ def test_a_hundred_waits_answer_on_time_inside_long_steps(slow_server: Server) -
     assert [answer.status_code for answer in answers] == [200]
     # the mean step of every rank was longer than the timeout, so deadlines fell inside steps
     assert all(elapsed_s / steps > TIMEOUT_S for steps in num_steps)
-    # The aim, on a machine of its own, is 50 ms for the 99th of 100 and 300 ms for the worst; both are printed above.
-    # Asserted is what other processes on the same two cores leave room for: an answer that a step had delayed would be
-    # seconds late, and all of them would.
-    assert late_ms[TRIALS // 2] <= 200
-    assert late_ms[TRIALS - 6] <= 500
+    # What every call through this door may cost at this moment, on two cores that other processes want as well, is no
+    # fault of the flush. An answer that a step had delayed would be seconds late, and all of them would.
+    assert late_ms[TRIALS // 2] <= 50
+    assert late_ms[98] <= 50 + door_ms[-1]
+    assert late_ms[-1] <= 300 + door_ms[-1]
