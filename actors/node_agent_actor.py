@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 
+from actors import file_keeper
 from actors.clock import BootClock
 from actors.detached import find_actor
 from actors.end_proofs import LocalEnd, pid_namespace
@@ -44,16 +45,24 @@ class NodeAgentActor:
             node_id=node_id,
             directory=str(paths.directory),
             file_name=paths.name,
-            open_file=lambda lineage: _open_file(paths, lineage),
+            open_file=lambda lineage: self._open_file(paths, lineage),
             find_controller=lambda: asyncio.to_thread(find_actor, controller_name),
             own_handle=ray.get_runtime_context().current_actor,
             find_process=LocalEnd.of,
             pid_namespace=pid_namespace(),
             in_thread=asyncio.to_thread,
         )
+        #: address of the process that removes the files at the cluster's end; "": none yet
+        self._keeper = ""
         self._agent = NodeAgent(around)
         self._running = asyncio.create_task(self._agent.run(), name="renew")
         self._running.add_done_callback(_must_not_end)
+
+    def _open_file(self, paths: FilePaths, lineage: str) -> OwnedFile:
+        """In a thread of its own."""
+        if not self._keeper:
+            self._keeper = file_keeper.start([paths.stem])
+        return _open_file(paths, lineage)
 
     async def raise_floor(self, term: int, floor: int) -> FloorAnswer:
         """See NodeAgent.raise_floor."""

@@ -42,6 +42,11 @@ class FilePaths:
     name: str
 
     @property
+    def stem(self) -> Path:
+        """The path without an ending."""
+        return self.directory / f"{PREFIX}{self.name}"
+
+    @property
     def data(self) -> Path:
         return self.directory / f"{PREFIX}{self.name}.kv"
 
