@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from enum import StrEnum
@@ -188,6 +189,33 @@ def status(
     """What is served, and what every rank has to do. Exit status 0 only if every rank answers."""
     answer = Client(url, api_key).status()
     _show(answer, tables.status(answer), as_json)
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings that would be served.")] = None,
+    device: Annotated[Device | None, typer.Option(help="Where ranks would compute.")] = None,
+    dp: Annotated[int | None, typer.Option(help="Data-parallel ranks.")] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="State directory that would be used.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting, e.g. api.port=9001.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check versions, GPU, /dev/shm, ports, Ray, folders, and say what to do. Exit status 1 if it could not serve."""
+    # no other command looks at the machine
+    from tidegate.doctor import answer, examine
+    from tidegate.doctor_facts import read_facts
+
+    given: dict[str, Any] = {
+        "dp": dp,
+        "engine.device": None if device is None else device.value,
+        "state_dir": state_dir,
+    }
+    overrides = {name: value for name, value in given.items() if value is not None} | _named_values(setting or [])
+    settings = load_settings(config, overrides)
+    told = answer(examine(settings, read_facts(settings, os.environ)))
+    _show(told, tables.doctor(told), as_json)
 
 
 def _show(answer: Mapping[str, Any], table: tables.Shown, as_json: bool) -> None:

@@ -58,7 +58,7 @@ def prepare_process(state: StateDir) -> None:
 
 def _ensure_token(environ: Mapping[str, str]) -> None:
     """Ray makes a missing token readable by every user of the machine; whoever has it runs code as us."""
-    path = _token_path(environ)
+    path = token_path(environ)
     if "RAY_AUTH_TOKEN" in environ or path.exists():
         return
     try:
@@ -90,7 +90,7 @@ def start_ray(settings: Settings, state: StateDir) -> LocalRay:
     facts: dict[str, str] = context.address_info  # type: ignore[attr-defined]
     # `ray start` writes it and `ray.init` does not; without it a job may join another cluster of this machine.
     (state.ray_temp / "ray_current_cluster").write_text(facts["gcs_address"])
-    return LocalRay(facts["gcs_address"], f"http://{facts['webui_url']}", _token_path(os.environ))
+    return LocalRay(facts["gcs_address"], f"http://{facts['webui_url']}", token_path(os.environ))
 
 
 @contextmanager
@@ -109,6 +109,6 @@ def _free_agent_port() -> Iterator[None]:
         parameter.RayParams = original
 
 
-def _token_path(environ: Mapping[str, str]) -> Path:
+def token_path(environ: Mapping[str, str]) -> Path:
     """The file of the token that Ray's own processes and every job must show."""
     return Path(environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")

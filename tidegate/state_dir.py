@@ -49,7 +49,7 @@ class StateDir:
         Raises ConfigError when it cannot be written, is somebody else's, or its `cwd` holds files.
         """
         root = root.expanduser().resolve()
-        state = cls(root, _ray_temp(root))
+        state = cls(root, ray_temp_of(root))
         try:
             # Ray opens its own folder to everybody; the one above keeps them out.
             for folder in (state.root, state.cwd, state.ray_temp.parent, state.ray_temp):
@@ -71,7 +71,8 @@ class StateDir:
             shutil.rmtree(run, ignore_errors=True)
 
 
-def _ray_temp(root: Path) -> Path:
+def ray_temp_of(root: Path) -> Path:
+    """Ray's temporary folder for the state directory `root`, which is absolute."""
     inside = root / "ray"
     if len(os.fsencode(inside)) + _RAY_SOCKET_SUFFIX <= _MAX_SOCKET_PATH:
         return inside

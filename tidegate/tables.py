@@ -12,6 +12,9 @@ from rich.text import Text
 
 Shown: TypeAlias = Group
 
+#: columns of free text; a cut id is no id, so all others stay whole
+_FOLDED = ("state", "verdict", "in the way", "found", "what to do")
+
 
 def one_line(answer: Mapping[str, Any]) -> str:
     """The answer as one line of JSON, for scripts."""
@@ -64,6 +67,16 @@ def status(answer: Mapping[str, Any]) -> Shown:
     return Group(_headline(answer, ("model", "version", "context_length", "epoch", "controller")), *_if_rows(table))
 
 
+def doctor(answer: Mapping[str, Any]) -> Shown:
+    """What was checked on this machine, and what to do about it."""
+    table = _table("check", "state", "found", "what to do")
+    colours = {"ok": "green", "warning": "yellow", "failed": "red"}
+    for row in answer["findings"]:
+        state = Text(row["status"], colours[row["status"]])
+        table.add_row(row["check"], state, row["found"], row["advice"])
+    return Group(_headline(answer, ()), *_if_rows(table))
+
+
 def _headline(answer: Mapping[str, Any], facts: tuple[str, ...]) -> Text:
     is_good = answer.get("success") is True
     words = str(answer.get("message") or answer.get("status") or ("ok" if is_good else "not every rank answers"))
@@ -88,8 +101,7 @@ def _size(num_bytes: int) -> str:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in columns:
-        # only what may be long is folded; a cut id is no id
-        table.add_column(column, no_wrap=column not in ("state", "verdict", "in the way"))
+        table.add_column(column, no_wrap=column not in _FOLDED, overflow="fold")
     return table
 
 
