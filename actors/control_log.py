@@ -111,11 +111,11 @@ class ControlLog:
         return Written(self._next - 1, entry, tuple(found))
 
     def prepare(self) -> None:
-        """Make the next append quick. Raises nothing: it will say itself what is wrong."""
+        """Make the next appends quick. Raises nothing: they will say themselves what is wrong."""
         try:
             self._store.prepare()
         except OSError as error:
-            log.warning("the control log could not be prepared for its next record: %s", error)
+            log.warning("the control log could not be prepared for its next records: %s", error)
 
     def close(self) -> None:
         self._store.close()

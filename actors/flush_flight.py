@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from actors.clock import Clock
+from actors.end_proofs import pause
 from actors.flush_events import (
     Amend,
     CancelOnRank,
@@ -45,6 +46,9 @@ from actors.roster import Roster
 from engine.flush import FlushCommand
 
 log = logging.getLogger(__name__)
+
+#: what nobody waits for begins when the answer has left this process
+_BEHIND_ANSWER_S = 0.005
 
 
 class FlushEnds(Protocol):
@@ -84,6 +88,8 @@ class FlushFlight:
         self.answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._legs: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
+        #: when the timer goes off
+        self._wake_s: float | None = None
         self._is_cut_short = False
 
     def begin(self) -> None:
@@ -192,6 +198,8 @@ class FlushFlight:
         self.handle(RankFailed(incarnation, message, is_final))
 
     async def _raise(self, node_id: str, floor: int) -> None:
+        if self.answered.done():  # the ranks have swapped already, and a call costs 0.3 ms of this loop
+            await pause(_BEHIND_ANSWER_S)
         await self._tools.nodes.raise_floor(node_id, floor)
         self.handle(FloorSettled(node_id))
 
@@ -227,9 +235,16 @@ class FlushFlight:
         )
 
     def _set_timer(self, wake_s: float | None) -> None:
+        if wake_s is not None and wake_s == self._wake_s:  # most events change nothing about it
+            return
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._wake_s = wake_s
         if wake_s is not None:
             delay_s = max(0.0, wake_s - self._now_s())
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self.handle, TimePassed())
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._wake)
+
+    def _wake(self) -> None:
+        self._wake_s = None
+        self.handle(TimePassed())

@@ -185,7 +185,7 @@ class FlushMachine:
         yield self._courtesy_until_s
         yield self._cancel_until_s
         if self.plan.counts_expired:
-            yield from {self._nodes.lease_over_s(record.node_id) for record in self.run.open_records}
+            yield from map(self._nodes.lease_over_s, {record.node_id for record in self.run.open_records})
 
     # ------------------------------------------------------------------------------------------------------- running
     def _intent_stored(self, index: int, now_s: float) -> list[Command]:
@@ -252,8 +252,7 @@ class FlushMachine:
         return record.node_id not in self._raising or now_s >= self._patience_until_s
 
     def _is_finished(self, now_s: float) -> bool:
-        open_records = self.run.open_records
-        if not open_records or now_s >= min(self._collect_until_s, self._cancel_until_s):
+        if self.run.is_settled or now_s >= min(self._collect_until_s, self._cancel_until_s):
             return True
         if self._has_superseder_ended:
             return True
@@ -261,7 +260,7 @@ class FlushMachine:
             return False
         if self._raising and now_s < self._patience_until_s:
             return False
-        return all(self._stand_in(record, now_s) is not None for record in open_records)
+        return all(self._stand_in(record, now_s) is not None for record in self.run.open_records)
 
     def _stand_in(self, record: RankRecord, now_s: float) -> tuple[Literal["fenced", "expired"], str] | None:
         """What is good about this rank without its own word."""

@@ -16,6 +16,9 @@ from ray.experimental import internal_kv
 
 from actors.ray_errors import gcs_failures_as_os_errors
 
+#: files that a directory has ready: for the intent and the outcome of a flush
+_NUM_DRAFTS = 2
+
 
 class LogStore(Protocol):
     """A blob per index. Failures of the store are OSError; after one, the record may or may not be there."""
@@ -37,7 +40,7 @@ class LogStore(Protocol):
         ...
 
     def prepare(self) -> None:
-        """Do what can be done of the next `create` before it is known."""
+        """Do what can be done of the next two calls of `create` before they come."""
         ...
 
     def close(self) -> None:
@@ -83,13 +86,13 @@ class DirectoryStore:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._directory = directory
         self._is_synced = is_synced
-        #: an empty file for the next record: making one takes 0.4 to 0.7 ms on ext4, writing and linking it 0.03
-        self._draft: _Draft | None = None
+        #: empty files for the next records: making one takes 0.3 to 0.7 ms on ext4, writing and linking it 0.1
+        self._drafts: list[_Draft] = []
         for leftover in directory.glob("*.new"):  # of a writer that was killed before its link
             leftover.unlink(missing_ok=True)
 
     def create(self, index: int, data: bytes) -> bool:
-        draft, self._draft = self._draft or _Draft(self._directory), None
+        draft = self._drafts.pop() if self._drafts else _Draft(self._directory)
         try:
             draft.write(data, self._is_synced)
             is_created = draft.link(self._path(index))
@@ -117,12 +120,13 @@ class DirectoryStore:
         self._path(index).unlink(missing_ok=True)
 
     def prepare(self) -> None:
-        self._draft = self._draft or _Draft(self._directory)
+        while len(self._drafts) < _NUM_DRAFTS:
+            self._drafts.append(_Draft(self._directory))
 
     def close(self) -> None:
-        if self._draft is not None:
-            self._draft.discard()
-            self._draft = None
+        for draft in self._drafts:
+            draft.discard()
+        self._drafts.clear()
 
     def _path(self, index: int) -> Path:
         return self._directory / f"{index:012d}.json"

@@ -1,11 +1,12 @@
 """An idle flush over N ranks beside a bare asyncio fan-out to the same actors.
 
-    python -m benchmarks.flush_fanout_bench [--ranks 2 8 32] [--trials 40] [--runs 5]
+    python -m benchmarks.flush_fanout_bench [--ranks 2 8 32] [--trials 40] [--runs 5] [--settle-ms 30]
 
 Ranks are real Ray actors, each a process, that answer a flush at once; controller, node agent, log and audit are those
 of production. Per trial, in turn: a bare fan-out (an actor that gathers `flush.remote` of all ranks and does nothing
 else) and a flush in mode `wait`, both asked for by this process, so that both have the same way there and back; then a
-fence, and one call of the node's agent. `flush_ratio` is the flush's median over the fan-out's in the same run.
+fence, and one call of the node's agent. Between two of them the machine settles, so that what comes behind an answer
+(the audit log, synced) is not charged to the next trial. `flush_ratio` is the flush's median over the fan-out's in the same run.
 
 `fence_floor` is the time until the floor stands on the node's control page, from when no rank of the node matches
 anything older: one call per node, whatever the number of ranks. A last fence finds every rank stopped (SIGSTOP): it
@@ -42,8 +43,6 @@ from configs.schema import Settings
 from engine.flush import FlushCommand
 
 FENCE = fence_for("x86_64")
-#: between two trials: what comes behind an answer (the audit log, synced) is not charged to the next one
-SETTLE_S = 0.03
 TARGETS = [("", "flush_ratio", 1.3)]
 
 
@@ -120,7 +119,7 @@ class Node:
         return await asyncio.to_thread(find_actor, node_agent_name(self.name, node_id))
 
 
-async def one_run(node: Node, num_trials: int) -> Figures:
+async def one_run(node: Node, num_trials: int, settle_s: float) -> Figures:
     """Interleaved trials; medians in milliseconds."""
     agent = await node.agent()
     times: dict[str, list[float]] = {}
@@ -129,17 +128,17 @@ async def one_run(node: Node, num_trials: int) -> Figures:
         command = FlushCommand(f"bare-{trial}", "wait", ("device",), 1, 1, 5.0)
         inside_ms = await _timed(times, "bare_ms", lambda command=command: node.bare.flush.remote(command))
         times.setdefault("bare_inside_ms", []).append(inside_ms)
-        await asyncio.sleep(SETTLE_S)
+        await asyncio.sleep(settle_s)
         answer = await _timed(times, "flush_ms", lambda: node.controller.flush.remote(timeout_s=5))
         _check(answer, "flushed", len(node.ranks))
         times.setdefault("flush_inside_ms", []).append(answer["took_ms"])
-        await asyncio.sleep(SETTLE_S)
+        await asyncio.sleep(settle_s)
         begin, seen_at = time.perf_counter(), node.watch.arm()
         answer = await _timed(times, "fence_ms", lambda: node.controller.flush.remote(mode="fence"))
         _check(answer, "flushed", len(node.ranks))
         times.setdefault("fence_floor_ms", []).append((seen_at() - begin) * 1e3)
         await _timed(times, "agent_call_ms", lambda: agent.raise_floor.remote(term, 0))
-        await asyncio.sleep(SETTLE_S)
+        await asyncio.sleep(settle_s)
     figures = {name: median(values) for name, values in times.items()}
     figures["flush_p99_ms"] = quantiles(times["flush_ms"], n=100)[-1]
     return figures | {"flush_ratio": figures["flush_ms"] / figures["bare_ms"]}
@@ -198,14 +197,14 @@ def cluster() -> Iterator[Settings]:
         shutil.rmtree(shared_dir, ignore_errors=True)
 
 
-async def measure(settings: Settings, sizes: list[int], num_trials: int, num_runs: int) -> None:
+async def measure(settings: Settings, sizes: list[int], num_trials: int, num_runs: int, settle_s: float) -> None:
     node = Node(settings)
     results: dict[str, dict[str, list[float]]] = {}
     for size in sorted(sizes):
         await node.grow(size)
-        await one_run(node, 5)  # connections are made
+        await one_run(node, 5, settle_s)  # connections are made
         for run in range(num_runs):
-            figures = await one_run(node, num_trials)
+            figures = await one_run(node, num_trials, settle_s)
             if run == num_runs - 1:
                 figures |= await stopped_run(node)
             for name, value in figures.items():
@@ -218,9 +217,10 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 8, 32])
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--settle-ms", type=float, default=30.0)
     arguments = parser.parse_args()
     with cluster() as settings:
-        asyncio.run(measure(settings, arguments.ranks, arguments.trials, arguments.runs))
+        asyncio.run(measure(settings, arguments.ranks, arguments.trials, arguments.runs, arguments.settle_ms / 1e3))
 
 
 if __name__ == "__main__":

@@ -62,6 +62,20 @@ def test_the_directory_keeps_nothing_but_records(tmp_path: Path) -> None:
     assert (tmp_path / "log" / "000000000001.json").stat().st_mode & 0o077 == 0
 
 
+def test_files_made_ready_become_records_and_the_rest_goes(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path, is_synced=False)
+    store.prepare()
+    drafts = {path.stat().st_ino for path in tmp_path.iterdir()}
+    assert len(drafts) == 2
+    assert store.create(1, b"intent")
+    assert store.create(2, b"outcome")
+    assert {path.stat().st_ino for path in tmp_path.iterdir()} == drafts
+    assert [store.read(index) for index in store.indices()] == [b"intent", b"outcome"]
+    store.prepare()
+    store.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000000000001.json", "000000000002.json"]
+
+
 def test_each_boot_of_the_machine_begins_its_own_log(tmp_path: Path) -> None:
     first = DirectoryStore(boot_directory(tmp_path, "monday"), is_synced=False)
     _, state = take_over(first)
