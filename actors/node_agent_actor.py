@@ -25,7 +25,8 @@ from actors.messages import FloorAnswer, ProcessName
 from actors.node_agent import AgentSurroundings, NodeAgent
 from actors.node_processes import NodeProcesses
 from cache.control_page import FileIdentity
-from cache.shared_file import FileMaker, FilePaths, OwnedFile, sweep
+from cache.orphans import sweep
+from cache.shared_file import FileMaker, FilePaths, OwnedFile
 from cache.shared_words import fence_for
 from configs.schema import Settings
 

@@ -67,6 +67,12 @@ class FileIdentity:
     num_slots: int = 0
     page_bytes: int = 0
 
+    def has_lineage_of(self, page: ControlPage) -> bool:
+        """The file of `page` is of this version and of this lineage; its layout may be another."""
+        return (page.magic, page.version) == (MAGIC, FORMAT_VERSION) and page.lineage_words == _digest_words(
+            self.lineage
+        )
+
     def difference(self, page: ControlPage) -> str | None:
         """What keeps this identity from using the file of `page`, in words; None: nothing."""
         if (page.magic, page.version) != (MAGIC, FORMAT_VERSION):

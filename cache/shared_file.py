@@ -11,7 +11,7 @@ import errno
 import logging
 import mmap
 import os
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -26,7 +26,7 @@ from configs.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 PREFIX = "tidegate-"
-_SUFFIXES = (".kv", ".new", ".lock")
+SUFFIXES = (".kv", ".new", ".lock")
 #: bytes reserved so far, bytes of the whole file
 Progress: TypeAlias = Callable[[int, int], None]
 
@@ -147,7 +147,7 @@ class FileMaker:
         return OwnedFile(paths, lock, mapping, self.fence, was_adopted)
 
     def _adopt(self, paths: FilePaths) -> mmap.mmap | None:
-        mapping = _map_existing(paths.data)
+        mapping = map_existing(paths.data)
         if mapping is None:
             paths.data.unlink(missing_ok=True)
             return None
@@ -253,39 +253,6 @@ def _attach_locked(path: Path, lock: FileLock, fence: Fence, identity: FileIdent
         os.close(fd)
 
 
-def sweep(directory: Path, fence: Fence, keep: Collection[str] = ()) -> list[str]:
-    """Remove what dead deployments left in `directory`. The names removed, sorted.
-
-    A name is dead if neither a writer nor a reader has a lock on it; the kernel says so. `keep`: names not to touch,
-    such as the caller's own. Files of other users stay.
-    """
-    ours = (path for path in directory.glob(f"{PREFIX}*") if path.suffix in _SUFFIXES)
-    names = {path.stem.removeprefix(PREFIX) for path in ours}
-    return [name for name in sorted(names - set(keep)) if _sweep_one(FilePaths(directory, name), fence)]
-
-
-def _sweep_one(paths: FilePaths, fence: Fence) -> bool:
-    try:
-        lock = FileLock.try_alone(paths.lock)
-    except OSError as error:
-        logger.info("%s is left alone: %s", paths.data, error)
-        return False
-    if lock is None:
-        return False
-    try:
-        mapping = _map_existing(paths.data)
-        if mapping is not None:
-            ControlPageWriter(control_words(mapping), fence).retire()
-        for path in (paths.data, paths.fresh):
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        logger.info("%s is left alone: %s", paths.data, error)
-        lock.release()
-        return False
-    lock.remove()
-    return True
-
-
 @contextlib.contextmanager
 def _faults_of(directory: Path) -> Generator[None, None, None]:
     """What the file system refuses, as an error that says where."""
@@ -296,7 +263,7 @@ def _faults_of(directory: Path) -> Generator[None, None, None]:
         raise ConfigError(f"cannot use {name} for the node's shared file: {error.strerror}") from error
 
 
-def _map_existing(path: Path) -> mmap.mmap | None:
+def map_existing(path: Path) -> mmap.mmap | None:
     """The whole file, writable; None if there is none, or if it is too short to have a control page."""
     fd = _open_existing(path)
     if fd is None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configs.errors import ConfigError
-from configs.schema import EngineSettings, Settings
+from configs.schema import EngineSettings, HostTierSettings, Settings
 
 GIB = 1024**3
 #: KV memory of a CPU rank when the settings name none: enough for the demo model, harmless on a laptop
@@ -34,6 +34,8 @@ class Hardware:
     num_nodes: int
     #: logical resources of the whole cluster by Ray's names: CPU, GPU, and custom ones
     resources: Mapping[str, float]
+    #: bytes of shared memory that a node can still give (control.shared_dir); None: not known here
+    shared_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +63,16 @@ def resolve(settings: Settings, hardware: Hardware) -> tuple[Resolved, tuple[str
     _check_shape(settings, hardware, rank_resources, device)
     threads = _threads(settings, hardware, device, notes)
     _check_kv_memory(settings, hardware, device)
+    host_tier = _host_tier(settings, hardware, notes)
     admin_is_closed = settings.api.admin_key is None and not is_loopback(settings.api.host)
     if admin_is_closed:
         notes.append(f"admin routes are closed: {settings.api.host} is not loopback and api.admin_key is not set")
     if settings.grpc.server == "serve":
         notes.append(_proxy_note(settings))
     engine = settings.engine.model_copy(update={"device": device, "threads": threads})
-    settled = settings.model_copy(update={"engine": engine, "state_dir": settings.resolved_state_dir})
+    settled = settings.model_copy(
+        update={"engine": engine, "host_tier": host_tier, "state_dir": settings.resolved_state_dir}
+    )
     return Resolved(settled, device, rank_resources, threads, admin_is_closed), tuple(notes)
 
 
@@ -137,6 +142,34 @@ def kv_memory_bytes(engine: EngineSettings, device: str) -> int | None:
     if engine.kv_memory_gb is not None:
         return int(engine.kv_memory_gb * GIB)
     return int(CPU_KV_MEMORY_GB * GIB) if device == "cpu" else None
+
+
+def _host_tier(settings: Settings, hardware: Hardware, notes: list[str]) -> HostTierSettings:
+    """The host tier with its size fixed; off if there is none."""
+    tier = settings.host_tier
+    if tier.size_gb > 0 and tier.memory_share is not None:
+        raise ConfigError(
+            "host_tier.size_gb and host_tier.memory_share are both set; they say the same thing: keep one"
+        )
+    if tier.low_watermark > tier.high_watermark:
+        raise ConfigError(
+            f"host_tier.low_watermark is {tier.low_watermark:g}, above host_tier.high_watermark, "
+            f"{tier.high_watermark:g}; it must not be"
+        )
+    if tier.is_on and not settings.engine.prefix_cache:
+        raise ConfigError("host_tier needs engine.prefix_cache: a page that is not indexed is never found again")
+    where, free = settings.control.shared_dir, hardware.shared_bytes
+    if tier.memory_share is not None:
+        if free is None:
+            raise ConfigError("host_tier.memory_share: it is not known how much is free; set host_tier.size_gb")
+        tier = tier.model_copy(update={"size_gb": tier.memory_share * free / GIB, "memory_share": None})
+        notes.append(f"host_tier.size_gb is {tier.size_gb:.2f}: {where} has {free / GIB:.2f} GiB free")
+    if free is not None and tier.size_gb * GIB > free:
+        raise ConfigError(
+            f"host_tier.size_gb is {tier.size_gb:g}, but {where} has {free / GIB:.2f} GiB free: lower it, or give the "
+            "machine (container: --shm-size) more"
+        )
+    return tier
 
 
 def _check_kv_memory(settings: Settings, hardware: Hardware, device: str) -> None:

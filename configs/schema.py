@@ -48,6 +48,35 @@ class EngineSettings(_Settings):
     sanity_check_s: Annotated[float, Field(ge=0)] = 30.0
 
 
+class HostTierSettings(_Settings):
+    """Host memory of each node as a second tier of the cache, shared by all ranks of the node."""
+
+    #: GiB of a node's arena, its index included; 0: no host tier
+    size_gb: Annotated[float, Field(ge=0, le=65536)] = 0.0
+    #: instead of size_gb: share of the memory that is free in `control.shared_dir` at the start
+    memory_share: Annotated[float, Field(gt=0, le=0.9)] | None = None
+    #: when a device page is copied: before it is evicted, at its first insert, or at its second hit
+    write_policy: Literal["write_back", "write_through", "write_through_selective"] = "write_back"
+    #: of the checksum on every read: each page, one in 16, or none
+    verification: Literal["full", "sampled", "off"] = "full"
+    #: slru: pages that were read again are safe from a scan of pages that nobody reads twice
+    eviction: Literal["lru", "slru"] = "lru"
+    #: shares of the device pool, write_back only: below `low` free pages the coldest leave until `high` are free
+    low_watermark: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    high_watermark: Annotated[float, Field(ge=0, lt=1)] = 0.10
+    #: MiB of pages that a rank has on their way at once, in both directions; more is dropped, or computed
+    max_inflight_mb: Annotated[int, Field(ge=1)] = 256
+    #: slots that a rank asks for at once; a rank may hold four times as many
+    lease_batch: Annotated[int, Field(ge=1, le=4096)] = 64
+    #: seconds between two runs of the tier's own check; 0: never
+    sanity_check_s: Annotated[float, Field(ge=0)] = 30.0
+
+    @property
+    def is_on(self) -> bool:
+        """There is a host tier."""
+        return self.size_gb > 0 or self.memory_share is not None
+
+
 class ControlSettings(_Settings):
     """The control plane: flushes, leases, the log."""
 
@@ -108,6 +137,7 @@ class Settings(_Settings):
 
     model: ModelSettings = ModelSettings()
     engine: EngineSettings = EngineSettings()
+    host_tier: HostTierSettings = HostTierSettings()
     control: ControlSettings = ControlSettings()
     api: ApiSettings = ApiSettings()
     grpc: GrpcSettings = GrpcSettings()

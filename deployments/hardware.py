@@ -8,6 +8,8 @@ from pathlib import Path
 
 import ray
 
+from cache.orphans import dead_bytes
+from configs.errors import ConfigError
 from configs.resolve import Hardware
 
 _GPUS = Path("/proc/driver/nvidia/gpus")
@@ -16,15 +18,17 @@ _MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _MEMORY = Path("/proc/meminfo")
 
 
-def this_node(resources: Mapping[str, float], visible_gpus: str | None) -> Hardware:
+def this_node(resources: Mapping[str, float], visible_gpus: str | None, shared_dir: Path | None = None) -> Hardware:
     """This machine as a cluster of one node, before a Ray exists.
 
     resources: logical resources that the local start will add to CPU and GPU.
     visible_gpus: value of CUDA_VISIBLE_DEVICES, which Ray obeys too; None: all.
+    shared_dir: where the node's shared files will lie; None: not asked.
     """
     num_cores = count_cores()
     found = {"CPU": float(num_cores), "GPU": float(count_gpus(visible_gpus)), **resources}
-    return Hardware(num_cores, memory_bytes(), 1, found)
+    shared = None if shared_dir is None else shared_bytes(shared_dir)
+    return Hardware(num_cores, memory_bytes(), 1, found, shared)
 
 
 def this_cluster() -> Hardware:
@@ -64,6 +68,19 @@ def memory_bytes() -> int:
     total = int(facts["MemTotal"].split()[0]) * 1024
     limit = _first_line(_MEMORY_LIMIT, "max")
     return total if limit == "max" else min(total, int(limit))
+
+
+def shared_bytes(directory: Path) -> int:
+    """What a file system in memory can still give: its own limit, or the machine's free memory where that is less.
+
+    Files of dead deployments count as free: the next start takes them over or removes them.
+    """
+    if not directory.is_dir():
+        raise ConfigError(f"control.shared_dir: {directory} is not a directory")
+    file_system = os.statvfs(directory)
+    facts = dict(line.split(":", 1) for line in _MEMORY.read_text().splitlines())
+    available = int(facts["MemAvailable"].split()[0]) * 1024
+    return min(file_system.f_bavail * file_system.f_frsize, available) + dead_bytes(directory)
 
 
 def _first_line(path: Path, absent: str) -> str:

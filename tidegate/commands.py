@@ -85,6 +85,9 @@ def serve(
     api_key: Annotated[str | None, typer.Option(envvar=API_KEY_VARIABLE, help="Key of inference routes.")] = None,
     admin_key: Annotated[str | None, typer.Option(envvar=ADMIN_KEY_VARIABLE, help="Key of admin routes.")] = None,
     state_dir: Annotated[Path | None, typer.Option(help="Sockets, log, demo model, local Ray.")] = None,
+    host_tier_gb: Annotated[
+        float | None, typer.Option(help="GiB of host memory as a second cache tier; 0: none.")
+    ] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting, e.g. engine.page_size=32.")
     ] = None,
@@ -110,6 +113,7 @@ def serve(
         "api.api_key": api_key,
         "api.admin_key": admin_key,
         "state_dir": state_dir,
+        "host_tier.size_gb": host_tier_gb,
     }
     if model is None and config is None:
         # the demo shows what one rank cannot: verdicts of several

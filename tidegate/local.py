@@ -127,7 +127,7 @@ def _for_this_machine(settings: Settings, state: StateDir) -> tuple[Settings, Ha
         model = model.model_copy(update={"path": Path(os.path.abspath(model.path.expanduser()))})
     absolute = settings.model_copy(update={"ray": ray_settings, "model": model, "state_dir": state.root})
     own = {CPU_RANK_RESOURCE: float(settings.dp)}
-    return absolute, this_node(own, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return absolute, this_node(own, os.environ.get("CUDA_VISIBLE_DEVICES"), settings.control.shared_dir)
 
 
 def _with_settled_ports(settings: Settings) -> Settings:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from cache.host_reader import HostReader
-from cache.shared_file import sweep
+from cache.orphans import sweep
 from cache.types import Epoch
 from tests.deep.chaos_processes import (
     CHAIN_PAGES,

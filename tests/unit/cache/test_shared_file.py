@@ -12,7 +12,8 @@ import pytest
 
 from actors.node_processes import NodeProcesses
 from cache.control_page import FileIdentity
-from cache.shared_file import FileMaker, FilePaths, attach, sweep
+from cache.orphans import sweep
+from cache.shared_file import FileMaker, FilePaths, attach
 from cache.shared_words import fence_for
 from cache.writer_lock import FileLock, lock_as_writer
 from configs.errors import ConfigError, InvariantError
@@ -213,20 +214,3 @@ def test_a_lock_file_that_was_replaced_is_not_held(paths: FilePaths):
     lock.remove()
     assert not paths.lock.exists()
     assert FileLock.try_read(paths.lock) is None
-
-
-def test_sweep_removes_the_dead_and_only_the_dead(paths: FilePaths):
-    directory = paths.directory
-    for name in ("dead", "kept", "written", "read"):
-        maker().open(FilePaths(directory, name)).close()
-    (directory / "tidegate-half.new").write_bytes(b"x")
-    (directory / "tidegate-notes.txt").write_text("not ours")
-    dead = attach_copy(FilePaths(directory, "dead"))
-    with (
-        held_elsewhere(FilePaths(directory, "written").lock, "write"),
-        held_elsewhere(FilePaths(directory, "read").lock, "read"),
-    ):
-        assert sweep(directory, FENCE, keep={"kept"}) == ["dead", "half"]
-    assert dead.read().is_retired
-    assert sweep(directory, FENCE) == ["kept", "read", "written"]
-    assert [path.name for path in directory.iterdir()] == ["tidegate-notes.txt"]

@@ -125,3 +125,36 @@ def test_resolving_changes_nothing_that_was_given() -> None:
     before = settings.model_dump()
     resolve(settings, _hardware())
     assert settings.model_dump() == before
+
+
+SHARED = Hardware(2, 8 * GIB, 1, {"CPU": 2.0}, shared_bytes=4 * GIB)
+
+
+def test_the_host_tier_is_off_unless_it_has_a_size() -> None:
+    resolved, _ = resolve(Settings(), SHARED)
+    assert not resolved.settings.host_tier.is_on
+
+
+def test_a_share_of_the_free_memory_becomes_a_size() -> None:
+    resolved, notes = resolve(_settings(host_tier={"memory_share": 0.25}), SHARED)
+    assert resolved.settings.host_tier.size_gb == 1.0
+    assert any("4.00 GiB free" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("tier", "hardware", "reason"),
+    [
+        ({"size_gb": 5}, SHARED, r"size_gb is 5, but /dev/shm has 4.00 GiB free.*--shm-size"),
+        ({"size_gb": 1, "memory_share": 0.5}, SHARED, r"both set"),
+        ({"memory_share": 0.5}, _hardware(), r"set host_tier.size_gb"),
+        ({"size_gb": 1, "low_watermark": 0.5}, SHARED, r"low_watermark is 0.5, above"),
+    ],
+)
+def test_a_host_tier_that_cannot_be_is_refused(tier: dict[str, object], hardware: Hardware, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        resolve(_settings(host_tier=tier), hardware)
+
+
+def test_a_host_tier_needs_the_prefix_cache() -> None:
+    with pytest.raises(ConfigError, match="prefix_cache"):
+        resolve(_settings(host_tier={"size_gb": 1}, engine={"prefix_cache": False}), SHARED)
