@@ -45,6 +45,8 @@ _FIRST_HELLO_S = 1.0
 _MAX_POLL_S = 60.0
 _MAX_ASK_S = 60.0
 _MAX_AUDIT_ENTRIES = 1000
+#: characters of what a door says of a call that it refused
+_MAX_NOTED = 512
 #: a node's first rank waits for its agent: a process that starts in 1 to 2 s
 _NODE_TIMEOUT_S = 30.0
 _HELLO_TIMEOUT_S = 1.0
@@ -164,6 +166,12 @@ class ControlPlane:
             return await self._desk.cancel(text(flush_id, "flush_id"), text(caller, "caller"))
         except RequestError as error:
             return refusal(error)
+
+    async def note_refused(self, call: object, arguments: object, message: object, param: object) -> None:
+        """See ControllerActor.note_refused."""
+        shown = arguments if isinstance(arguments, dict) else {}
+        answer = refusal(InvalidField(str(message)[:_MAX_NOTED], None if param is None else str(param)[:_MAX_NOTED]))
+        self._desk.note_refused(str(call)[:_MAX_NOTED], shown, answer)
 
     async def abort(
         self, request_id: object, everything: object, timeout_s: object, reason: object, caller: object = "job"

@@ -142,6 +142,11 @@ class ControllerActor:
         """
         return await self._plane.cancel_flush(flush_id, caller)
 
+    async def note_refused(self, call: Any, arguments: Any, message: Any, param: Any = None) -> None:
+        """A door has refused a control call before it came here (a body that is no JSON, a field of the wrong type):
+        the audit log shows it like those that are refused here."""
+        await self._plane.note_refused(call, arguments, message, param)
+
     async def abort(
         self,
         request_id: Any = None,

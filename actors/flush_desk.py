@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from actors.audit_log import AuditLog
@@ -94,10 +95,10 @@ class FlushDesk:
         """One flush, from its arguments to its answer; see actors.controller.ControllerActor.flush."""
         received_s = self._clock.now_s()
         try:
-            request = parse_flush(arguments, self._limits, make_id)
+            request = parse_flush(arguments, self._present_limits(), make_id)
         except RequestError as error:
             answer = refusal(error)
-            self._note_refused("flush", arguments, answer)
+            self.note_refused("flush", arguments, answer)
             return answer
         match self._book.admit(request, received_s, self._may_yield):
             case Reread(answer):
@@ -148,6 +149,12 @@ class FlushDesk:
         """Have a control call written to the audit log, behind the flushes that were answered before it."""
         self.count_ended()
         self._write_down(call, caller, facts)
+
+    def note_refused(self, call: str, arguments: Mapping[str, object], answer: Mapping[str, Any]) -> None:
+        """Have a call with bad arguments written to the audit log, as far as they can be shown."""
+        shown = {str(name)[:_MAX_SHOWN]: repr(value)[:_MAX_SHOWN] for name, value in list(arguments.items())[:16]}
+        caller = arguments.get("caller")
+        self.note(call, caller[:_MAX_SHOWN] if isinstance(caller, str) else "", {"arguments": shown} | dict(answer))
 
     # --- what happens meanwhile -------------------------------------------------------------------------------------
 
@@ -283,6 +290,9 @@ class FlushDesk:
         while self._uncounted:
             self._count(*self._uncounted.popleft())
 
+    def _present_limits(self) -> FlushLimits:
+        return replace(self._limits, max_len=max((record.max_len for record in self._roster.records()), default=None))
+
     def _untouched(self, request: FlushRequest) -> list[str]:
         return [tier for tier in self._limits.tiers if tier not in request.tiers]
 
@@ -296,10 +306,6 @@ class FlushDesk:
         rows = [[row["rank"], row["incarnation"], row["status"]] for row in answer["ranks"]]
         facts = {key: answer[key] for key in _AUDITED} | {"timeout_s": request.timeout_s, "scope": _shown(request)}
         self._write_down("flush", request.caller, facts | {"ranks": rows})
-
-    def _note_refused(self, call: str, arguments: Mapping[str, object], answer: Mapping[str, Any]) -> None:
-        shown = {str(name)[:_MAX_SHOWN]: repr(value)[:_MAX_SHOWN] for name, value in list(arguments.items())[:16]}
-        self.note(call, "", {"arguments": shown} | dict(answer))
 
     def _write_down(self, call: str, caller: str, facts: Mapping[str, Any]) -> None:
         self._audit.note({"call": call, "at": self._clock.wall_text(), "caller": caller} | dict(facts))

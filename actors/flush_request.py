@@ -32,6 +32,8 @@ class FlushLimits:
     step_grace_s: float
     #: tiers that exist here, in the order a flush names them
     tiers: tuple[str, ...]
+    #: context length of the ranks, in tokens: no prefix is longer. None: no rank is known
+    max_len: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ def parse_flush(arguments: Mapping[str, object], limits: FlushLimits, make_id: C
         mode=_mode(given.get("mode", "wait")),
         tiers=_tiers(given.get("tiers", limits.tiers), limits.tiers),
         timeout_s=seconds(given.get("timeout_s", 0.0), "timeout_s", limits.max_timeout_s),
-        scope=_scope(given["scope"]) if "scope" in given else None,
+        scope=_scope(given["scope"], limits.max_len) if "scope" in given else None,
         dry_run=flag(given.get("dry_run", False), "dry_run"),
         caller=text(given.get("caller", "job"), "caller"),
     )
@@ -157,7 +159,7 @@ def _tiers(value: object, configured: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(tier for tier in configured if tier in value)
 
 
-def _scope(value: object) -> FlushScope:
+def _scope(value: object, max_len: int | None) -> FlushScope:
     if not isinstance(value, Mapping) or len(value) != 1:
         raise InvalidField(
             f"scope must be an object with exactly one of {', '.join(SCOPE_KEYS)}, got {_shown(value)}", "scope"
@@ -172,15 +174,17 @@ def _scope(value: object) -> FlushScope:
         case "older_than_s":
             return FlushScope(older_than_s=seconds(content, param, _MAX_AGE_S))
         case "prefix_tokens":
-            return FlushScope(prefix_tokens=_token_bytes(content, param))
+            return FlushScope(prefix_tokens=_token_bytes(content, param, max_len))
         case _:
             raise InvalidField(f"unknown scope {_shown(key)}; one of {', '.join(SCOPE_KEYS)}", param)
 
 
-def _token_bytes(value: object, param: str) -> bytes:
+def _token_bytes(value: object, param: str, max_len: int | None) -> bytes:
     """Token ids as little-endian int32 bytes, the form in which the index keeps them."""
     if isinstance(value, str) or not isinstance(value, Sequence) or not value:
         raise InvalidField(f"{param} must be a list of token ids, got {_shown(value)}", param)
+    if max_len is not None and len(value) > max_len:
+        raise InvalidField(f"{param} has {len(value):,} tokens, more than the context of the model, {max_len:,}", param)
     for token in value:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token <= _MAX_TOKEN_ID:
             raise InvalidField(f"{param} must hold token ids, got {_shown(token)}", param)

@@ -50,7 +50,8 @@ _NAMED = "named_field"
 class Body(BaseModel):
     """Base of every request body and of the objects in it. Subclasses list the foreign fields they treat specially.
 
-    A field that is null is a field that is absent, as OpenAI's clients mean it.
+    A field that is null is a field that is absent, as OpenAI's clients mean it. A subclass with extra="forbid" refuses
+    every field it does not know.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, extra="ignore", protected_namespaces=())
@@ -65,12 +66,15 @@ class Body(BaseModel):
     def _sort_out_foreign_fields(cls, content: Any, info: ValidationInfo) -> Any:
         if not isinstance(content, dict):
             return content
+        is_closed = cls.model_config.get("extra") == "forbid"
         # in the caller's order: which of two bad fields is named must not change from call to call
         for name in content:
             if name in cls.model_fields:
                 continue
             if name in cls.REFUSED:
                 _refuse_unless_neutral(name, content[name], *cls.REFUSED[name])
+            elif is_closed:
+                raise field_error(name[:64], f"unknown field; there are {', '.join(sorted(cls.model_fields))}")
             elif name not in cls.TOLERATED:
                 _note_unknown(name, cls.model_fields, [] if info.context is None else info.context)
         return {name: value for name, value in content.items() if value is not None}
@@ -129,7 +133,8 @@ def _as_invalid_field(error: ValidationError, content: dict[str, Any]) -> Invali
     errors = [(one, _path(one, content)) for one in error.errors(include_url=False)]
     first, path = max(errors, key=lambda pair: _telling(*pair))
     where = ".".join(path)
-    message = first["msg"].removeprefix("Value error, ")
+    # pydantic names our class
+    message = "it must be an object" if first["type"] == "model_type" else first["msg"].removeprefix("Value error, ")
     if first["type"] not in ("missing", "value_error", _NAMED):
         message += f" (got {_shown(first['input'])})"
     return InvalidField(f"{where}: {message}" if where else message, where or None)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import reprlib
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from actors.messages import Membership
 from actors.ray_errors import Answered, CallFailed, outcome_within
-from configs.errors import ControlUnavailable, ServiceError
+from configs.errors import ControlUnavailable, RequestError, ServiceError
 from configs.schema import ControlSettings
 from engine.flush import STEP_MODES
 
@@ -17,6 +19,8 @@ T = TypeVar("T")
 _WAY_S = 5.0
 #: for calls that ask every rank, each under a deadline of the controller's
 _ASK_S = 2.0
+#: 32 MiB of entries are read in 0.4 s on an idle machine
+_AUDIT_S = 10.0
 
 
 class ControllerClient:
@@ -25,6 +29,7 @@ class ControllerClient:
     def __init__(self, handle: Any, settings: ControlSettings) -> None:
         self._handle = handle
         self._settings = settings
+        self._noting: set[asyncio.Task[object]] = set()
 
     async def membership(self, known_version: int, timeout_s: float) -> Membership:
         """See ControllerActor.membership; a long poll."""
@@ -36,6 +41,22 @@ class ControllerClient:
 
     async def flush_status(self, flush_id: str) -> dict[str, Any]:
         return await _answer(self._handle.flush_status.remote(flush_id), _WAY_S)
+
+    async def cancel_flush(self, flush_id: str, caller: str) -> dict[str, Any]:
+        """See ControllerActor.cancel_flush. Ranks that do not answer take a second of it."""
+        return await _answer(self._handle.cancel_flush.remote(flush_id, caller), _ASK_S + _WAY_S)
+
+    async def audit(self, limit: int, flush_id: str | None) -> dict[str, Any]:
+        """See ControllerActor.audit. It reads files, as many as there are when an id is rare."""
+        return await _answer(self._handle.audit.remote(limit, flush_id), _AUDIT_S + _WAY_S)
+
+    def note_refused(self, call: str, arguments: Mapping[str, object], error: RequestError) -> None:
+        """See ControllerActor.note_refused. Never waits, never fails: a controller that is away misses it."""
+        shown = {name[:64]: _shown(value) for name, value in list(arguments.items())[:16]}
+        telling = self._handle.note_refused.remote(call, shown, error.message, error.param)
+        task = asyncio.create_task(outcome_within(telling, _WAY_S))
+        self._noting.add(task)
+        task.add_done_callback(self._noting.discard)
 
     async def abort(self, request_ids: Sequence[str] | None) -> dict[str, Any]:
         ids = None if request_ids is None else list(request_ids)
@@ -56,6 +77,13 @@ class ControllerClient:
         if isinstance(mode, str) and mode in STEP_MODES:
             budget_s = max(budget_s, self._settings.step_grace_s)
         return budget_s + self._settings.answer_slack_s
+
+
+def _shown(value: object) -> object:
+    """A value of a body as the log may show it: it may be the whole body, and of any type."""
+    if isinstance(value, str):
+        return value[:200]
+    return value if isinstance(value, bool | int | float | None) else reprlib.repr(value)
 
 
 async def _answer(call: Awaitable[T], timeout_s: float) -> T:

@@ -132,6 +132,15 @@ class ApiCore:
             )
         self.check_ids([int(np.frombuffer(tokens, dtype="<i4").max())], param)
 
+    def check_prefix(self, token_ids: Sequence[int], param: str) -> None:
+        """Raise unless a prompt of this model could begin with these tokens."""
+        if len(token_ids) > self.max_len:
+            raise ContextOverflow(
+                f"the prefix has {len(token_ids):,} tokens, more than the context of this model, {self.max_len:,}",
+                param,
+            )
+        self.check_ids(token_ids, param)
+
     def new_tokens(self, num_prompt_tokens: int, asked: int | None, default: int | None, param: str) -> int:
         """Tokens to generate at most: what was asked for, or the default cut to what the context leaves.
 

@@ -1,4 +1,4 @@
-"""What each door says about a flush. One function, so that no door can call a partial success a success.
+"""What each door says about a flush. One place, so that no door can call a partial success a success.
 
 The controller's own `success` is not believed blindly: every row is looked at once more. A wrong 200 here is a stale
 answer later.
@@ -52,6 +52,11 @@ def is_success(answer: Mapping[str, Any]) -> bool:
         and all(is_good_verdict(status, answer.get("mode")) for status in (*ranks, *tiers))
         and any(status in LIVING_VERDICTS for status in ranks)
     )
+
+
+def control_status(answer: Mapping[str, Any]) -> int:
+    """The code of any other control answer: of a cancelled flush, the cache's state, the audit log."""
+    return 200 if answer.get("success") is True else _failure_status(answer)
 
 
 def _failure_status(answer: Mapping[str, Any]) -> int:

@@ -121,10 +121,15 @@ class GrpcService:
         A refusal is an answer (`success: false` with the reason); only bad input, a missing right, a deadline or a
         controller that does not answer are a status.
         """
-        asked_s = seconds(request.timeout_s, "timeout_s", self.max_timeout_s)
+        controller, caller = self.core.controller, {"caller": "grpc:FlushCache"}
+        try:
+            asked_s = seconds(request.timeout_s, "timeout_s", self.max_timeout_s)
+        except InvalidField as error:
+            controller.note_refused("flush", caller | {"timeout_s": request.timeout_s}, error)
+            raise
         remaining_s = call.time_remaining_s()
         budget_s = asked_s if remaining_s is None else min(asked_s, max(0.0, remaining_s - _WAY_BACK_S))
-        answer = await self.core.controller.flush({"timeout_s": budget_s, "caller": "grpc:FlushCache"})
+        answer = await controller.flush(caller | {"timeout_s": budget_s})
         outcome = judge(answer)
         if budget_s < asked_s and not outcome.success and answer.get("status") in ("timed_out", "refused"):
             raise DeadlinePassed(f"the call's deadline came before the flush: {outcome.message}")

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
 from actors.messages import Membership
+from configs.errors import RequestError
 from engine.request import Output, Request
 
 
@@ -41,6 +42,14 @@ class Controller(Protocol):
         ...
 
     async def flush_status(self, flush_id: str) -> dict[str, Any]: ...
+
+    async def cancel_flush(self, flush_id: str, caller: str) -> dict[str, Any]: ...
+
+    async def audit(self, limit: int, flush_id: str | None) -> dict[str, Any]: ...
+
+    def note_refused(self, call: str, arguments: Mapping[str, object], error: RequestError) -> None:
+        """Have the audit log say that a door has refused this call. Never waits, never fails."""
+        ...
 
     async def abort(self, request_ids: Sequence[str] | None) -> dict[str, Any]:
         """None: all requests."""

@@ -57,6 +57,20 @@ class Tokenizer:
         ids = self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return np.asarray(ids, dtype="<i4").tobytes()
 
+    def encode_prefix(self, text: str) -> bytes:
+        """Tokens with which every longer text begins that begins with `text`, as int32 bytes; empty if none is sure.
+
+        The last word is left out, and the blanks before it: what follows may join it in other tokens. No start token is
+        put before a text that spells one itself, as a rendered conversation does. For tokenizers whose tokens do not
+        reach from one word into the next.
+        """
+        begins = self._fast.encode(text, add_special_tokens=False)
+        encoded = begins if begins.ids and begins.ids[0] in self._special else self._fast.encode(text)
+        end = _end_of_whole_words(text)
+        # special tokens that the tokenizer itself puts in stand at (0, 0); those behind the text are no part of it
+        last = max((at for at, (begin, stop) in enumerate(encoded.offsets) if begin < stop <= end), default=-1)
+        return np.asarray(encoded.ids[: last + 1], dtype="<i4").tobytes()
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._fast.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
@@ -118,6 +132,14 @@ class Tokenizer:
 async def in_thread_if_long(num_chars: int, work: Callable[[], T]) -> T:
     """Run `work` here when it is short, else in a thread, so that other streams go on."""
     return work() if num_chars <= THREAD_CHARS else await asyncio.to_thread(work)
+
+
+def _end_of_whole_words(text: str) -> int:
+    """Characters of `text` before its last run of blanks; 0 if there is none."""
+    if text[-1:].isspace():
+        return len(text.rstrip())
+    parts = text.rsplit(maxsplit=1)
+    return len(parts[0]) if len(parts) == 2 else 0
 
 
 def _byte_level_bytes(token: str) -> bytes:

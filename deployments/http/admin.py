@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,80 +13,111 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from actors.flush_request import seconds
-from configs.errors import InvalidField
-from deployments.flush_surfaces import judge
+from configs.errors import InvalidField, RequestError, UnknownResource
+from deployments.bodies import parse_body
+from deployments.cache_report import cache_report
+from deployments.flush_body import FlushBody, flush_arguments
+from deployments.flush_surfaces import control_status, judge
 from deployments.http.bodies import read_json_object
 from deployments.http.door import Door, JsonResponse
-from deployments.tokenizer import in_thread_if_long
+from deployments.seams import Controller
 
 #: what float() takes beyond this (underscores, other alphabets' digits, spaces, words) no client means
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-#: of a flush as JSON; their values are checked by the controller, for every door alike
-_FLUSH_FIELDS = frozenset({"timeout_s", "mode", "tiers", "scope", "flush_id", "dry_run"})
+_LIMIT = re.compile(r"\d{1,9}", re.ASCII)
+_AUDIT_ENTRIES = 100
 
 
 @dataclass(frozen=True, slots=True)
 class AdminRoutes:
     door: Door
 
+    @property
+    def controller(self) -> Controller:
+        return self.door.core.controller
+
     def routes(self) -> list[Route]:
-        route = self.door.route
+        route, one_flush = self.door.route, "/v1/cache/flush/{flush_id}"
         return [
             route("/flush_cache", self.flush_cache, "admin", "text", methods=("GET", "POST")),
             route("/v1/cache/flush", self.flush, "admin", "openai"),
-            route("/v1/cache/flush/{flush_id}", self.flush_status, "admin", "openai", methods=("GET",)),
+            route(one_flush, self.flush_status, "admin", "openai", methods=("GET",)),
+            route(one_flush, self.cancel_flush, "admin", "openai", methods=("DELETE",)),
             route("/v1/cache", self.cache, "admin", "openai", methods=("GET",)),
+            route("/v1/cache/audit", self.audit, "admin", "openai", methods=("GET",)),
         ]
 
     async def flush_cache(self, request: Request) -> Response:
         """SGLang's contract: `timeout` in the query, 200 or 400, the reason as text. Waits on the server."""
-        arguments: dict[str, object] = {"caller": "http:/flush_cache"}
+        arguments: dict[str, Any] = {"caller": _caller(request)}
         given = request.query_params.getlist("timeout")
         if given:
-            arguments["timeout_s"] = self._timeout(given[-1])
-        outcome = judge(await self.door.core.controller.flush(arguments))
+            with self._noted(arguments | {"timeout": given[-1]}):
+                arguments["timeout_s"] = self._timeout(given[-1])
+        outcome = judge(await self.controller.flush(arguments))
         return PlainTextResponse(outcome.native_text, status_code=outcome.native_status)
 
     async def flush(self, request: Request) -> Response:
         """JSON in, the whole verdict out, with the code that says what happened."""
-        arguments = await read_json_object(request, self.door.max_body_bytes)
-        for name in (name for name in arguments if name not in _FLUSH_FIELDS):
-            raise InvalidField(f"unknown field {name[:64]!r}; there are {', '.join(sorted(_FLUSH_FIELDS))}", name[:64])
-        arguments = await _with_prefix_tokens(self.door, arguments)
-        answer = await self.door.core.controller.flush(arguments | {"caller": "http:/v1/cache/flush"})
-        outcome = judge(answer)
-        if outcome.http_status == InvalidField.http_status:
-            raise InvalidField(outcome.message, answer.get("param"))
-        return JsonResponse(answer, status_code=outcome.http_status)
+        caller: dict[str, Any] = {"caller": _caller(request)}
+        with self._noted(caller):
+            content = await read_json_object(request, self.door.max_body_bytes)
+        with self._noted(content | caller):
+            body, _ = parse_body(FlushBody, content)
+            arguments = await flush_arguments(self.door.core, body)
+        answer = await self.controller.flush(arguments | caller)
+        return _told(answer, judge(answer).http_status)
 
     async def flush_status(self, request: Request) -> Response:
         """The answer of an earlier flush, late verdicts included. 200 says that it is known, not that it succeeded."""
-        answer = await self.door.core.controller.flush_status(request.path_params["flush_id"])
-        is_unknown = answer.get("success") is False and "flush_id" not in answer
-        return JsonResponse(answer, status_code=answer.get("http_status", 404) if is_unknown else 200)
+        answer = await self.controller.flush_status(request.path_params["flush_id"])
+        return _told(answer, 200 if "flush_id" in answer else control_status(answer))
+
+    async def cancel_flush(self, request: Request) -> Response:
+        """End a flush that has not begun. 409 with the flush's answer, or the reason, if it cannot be ended."""
+        answer = await self.controller.cancel_flush(request.path_params["flush_id"], _caller(request))
+        return _told(answer, control_status(answer))
 
     async def cache(self, request: Request) -> Response:
-        """Epoch, floor, pending flush, and the pages of every rank. 503 with the rows there are if a rank is silent."""
-        status = await self.door.core.controller.status()
-        return JsonResponse(status, status_code=status.get("http_status", 200))
+        """Tiers and their occupancy, epoch, floor, pending flush, and a row for every rank and node. 503 with the rows
+        there are if a rank is silent."""
+        answer = await self.controller.status()
+        return _told(cache_report(answer), control_status(answer))
+
+    async def audit(self, request: Request) -> Response:
+        """The newest flushes and control calls, refused ones too, newest first: `limit` of all or of one id."""
+        limit = request.query_params.get("limit", str(_AUDIT_ENTRIES))
+        if _LIMIT.fullmatch(limit) is None:
+            raise InvalidField(f"limit must be a whole number, got {limit[:40]!r}", "limit")
+        answer = await self.controller.audit(int(limit), request.query_params.get("flush_id"))
+        return _told(answer, control_status(answer))
 
     def _timeout(self, text: str) -> float:
         if _NUMBER.fullmatch(text) is None:
             raise InvalidField(f"timeout must be a number of seconds, got {text[:40]!r}", "timeout")
         return seconds(float(text), "timeout", self.door.max_timeout_s)
 
+    @contextmanager
+    def _noted(self, arguments: Mapping[str, Any]) -> Iterator[None]:
+        """A flush that is refused in this block never comes to the controller; the audit log shows it all the same."""
+        try:
+            yield
+        except RequestError as error:
+            self.controller.note_refused("flush", arguments, error)
+            raise
 
-async def _with_prefix_tokens(door: Door, arguments: dict[str, Any]) -> dict[str, Any]:
-    """A prefix given as text, as the tokens that the index knows it by."""
-    scope = arguments.get("scope")
-    if not isinstance(scope, dict) or "prefix_text" not in scope:
-        return arguments
-    text = scope["prefix_text"]
-    if not isinstance(text, str) or not text:
-        raise InvalidField("scope.prefix_text must be a non-empty text", "scope.prefix_text")
-    tokens = await in_thread_if_long(len(text), lambda: door.core.tokenizer.encode(text))
-    door.core.check_tokens(tokens, "scope.prefix_text")
-    ids = memoryview(tokens).cast("i").tolist()
-    return arguments | {
-        "scope": {key: value for key, value in scope.items() if key != "prefix_text"} | {"prefix_tokens": ids}
-    }
+
+def _told(answer: Mapping[str, Any], code: int) -> Response:
+    """A controller's answer with its code; what was wrong with the question in the error shape of all /v1 routes."""
+    if code == InvalidField.http_status:
+        raise InvalidField(str(answer.get("message")), answer.get("param"))
+    if code == UnknownResource.http_status:
+        raise UnknownResource(str(answer.get("message")), answer.get("param"))
+    return JsonResponse(answer, status_code=code)
+
+
+def _caller(request: Request) -> str:
+    """Which door, and from where: for the audit log."""
+    peer = request.client.host if request.client is not None else ""
+    path = "/v1/cache/flush" if request.url.path.startswith("/v1/") else request.url.path
+    return f"http:{path}" + (f" from {peer[:64]}" if peer.isprintable() and peer else "")

@@ -571,7 +571,7 @@ def test_every_call_is_in_the_audit_log() -> None:
                 seen = [(entry["call"], entry["caller"], entry["status"]) for entry in reversed(entries)]
                 assert seen == [
                     ("flush", "alice", "flushed"), ("flush", "bob", "flushed"), ("flush", "carol", "conflict"),
-                    ("flush", "", "invalid"), ("cancel_flush", "erin", "unknown"), ("abort", "frank", "ok"),
+                    ("flush", "dave", "invalid"), ("cancel_flush", "erin", "unknown"), ("abort", "frank", "ok"),
                     ("abort", "", "invalid"),
                 ]  # fmt: skip
                 first = entries[-1]

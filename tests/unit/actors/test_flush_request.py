@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -129,3 +130,11 @@ def test_a_refusal_is_plain_data() -> None:
     assert refusal(InvalidField("no", "mode")) == {
         "success": False, "status": "invalid", "message": "no", "http_status": 400, "param": "mode",
     }  # fmt: skip
+
+
+def test_no_prefix_is_longer_than_the_context() -> None:
+    limits = replace(LIMITS, max_len=8)
+    assert parse_flush({"scope": {"prefix_tokens": [1] * 8}}, limits, lambda: "drawn").scope is not None
+    with pytest.raises(InvalidField, match="9 tokens, more than the context of the model, 8") as caught:
+        parse_flush({"scope": {"prefix_tokens": [1] * 9}}, limits, lambda: "drawn")
+    assert caught.value.param == "scope.prefix_tokens"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,11 +15,12 @@ from typing import Any
 import ray.exceptions
 
 from actors.messages import AbortCommand, Member, Membership
+from actors.rank_flushes import RankFlushes
+from actors.rank_words import boot_ns
 from cache.device_cache import DeviceCache
 from configs.errors import RankLost
 from engine.events import AbortRequested, RequestArrived
 from engine.flush import FlushCommand, FlushVerdict
-from engine.flush_gate import PendingFlush
 from engine.limits import SchedulerLimits
 from engine.loop import EngineLoop
 from engine.models import LoadedModel
@@ -54,6 +54,10 @@ class LocalRank:
         self.engine = EngineLoop(
             Scheduler(DeviceCache(NUM_PAGES, PAGE_SIZE), limits), runner, on_outputs=self._on_outputs
         )
+        self._flushes = RankFlushes(
+            self.engine, lambda: boot_ns() / 1e9, told_epoch=lambda _: None, refused=lambda *_: None
+        )
+        self._flushes.serve()
         self._loop = asyncio.get_running_loop()
         self._streams: dict[str, Stream] = {}
         self._dead = asyncio.Event()
@@ -132,14 +136,10 @@ class LocalRank:
         raise RankLost("the rank has died")
 
     async def flush(self, command: FlushCommand) -> FlushVerdict:
-        offered = self.engine.offer_flush(command)
-        if not isinstance(offered, PendingFlush):
-            return offered
-        ended = asyncio.ensure_future(asyncio.wrap_future(offered.ended))
-        await asyncio.wait({ended}, timeout=offered.deadline_s - time.monotonic())
-        if not ended.done():
-            self.engine.expire_flush(offered)
-        return await ended
+        return await self._flushes.flush(command)
+
+    async def close_flush(self, flush_id: str, index: int, term: int) -> FlushVerdict:
+        return await self._flushes.close((flush_id, index), term)
 
     async def abort(self, command: AbortCommand) -> dict[str, Any]:
         live = list(self._streams)
