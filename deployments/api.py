@@ -33,6 +33,7 @@ from deployments.http.app import build_http_app
 from deployments.http.door import Door
 from deployments.model_card import read_model_card
 from deployments.tokenizer import Tokenizer
+from engine.garbage import calm_collector
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,9 @@ class Api(GrpcIngress):
             unix_time_s=lambda: datetime.now(UTC).timestamp(),
             clock_s=time.monotonic,
         )
+        # A full pass of the collector over all that Ray, Serve and the tokenizer have loaded stops every stream for
+        # some 100 ms, and with it the answer of a flush.
+        calm_collector()
 
     def __serve_build_asgi_app__(self) -> Starlette:
         """Called by Serve once, after `__init__`."""

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from configs.errors import InvalidField
 from deployments.core import ApiCore
 from deployments.native_models import DEFAULT_NEW_TOKENS, GenerateBody, SamplingBody
-from deployments.sampling_fields import bias_pairs, greedy_if_cold, seed_in_range, seed_of_choice, stop_strings
+from deployments.sampling import sampling_params
+from deployments.sampling_fields import seed_of_choice, stop_strings
 from deployments.sequences import SequenceJob, sequence_ids
 from engine.request import SamplingParams
 
@@ -38,24 +39,15 @@ async def native_jobs(core: ApiCore, body: GenerateBody) -> tuple[list[SequenceJ
 
 def _sampling(core: ApiCore, body: SamplingBody, tokens: bytes, num_logprobs: int | None) -> SamplingParams:
     asked_as = "sampling_params.max_new_tokens"
-    sampling = SamplingParams(
-        temperature=greedy_if_cold(body.temperature),
-        top_p=body.top_p,
-        top_k=body.top_k,
-        min_p=body.min_p,
-        repetition_penalty=body.repetition_penalty,
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
-        seed=seed_in_range(body.sampling_seed),
+    return sampling_params(
+        core,
+        body,
+        seed=body.sampling_seed,
         max_new_tokens=core.new_tokens(len(tokens) // 4, body.max_new_tokens, DEFAULT_NEW_TOKENS, asked_as),
         min_new_tokens=body.min_new_tokens,
-        ignore_eos=body.ignore_eos,
-        stop_token_ids=tuple(body.stop_token_ids or ()),
         num_logprobs=num_logprobs,
-        logit_bias=bias_pairs(body.logit_bias),
+        min_tokens_param="sampling_params.min_new_tokens",
     )
-    core.check_sampling(sampling, "sampling_params.min_new_tokens")
-    return sampling
 
 
 def _job(

@@ -17,7 +17,8 @@ from deployments.http.door import Door, JsonResponse
 from deployments.http.openai_shapes import ChatShape, CompletionShape, Shape, usage
 from deployments.http.streaming import EventStream, event, first_of, unless_gone
 from deployments.openai_models import ChatBody, CompletionBody, OpenAIBody
-from deployments.sampling_fields import bias_pairs, greedy_if_cold, seed_in_range, seed_of_choice, stop_strings
+from deployments.sampling import sampling_params
+from deployments.sampling_fields import seed_of_choice, stop_strings
 from deployments.sequences import Answer, Piece, SequenceJob, collected, sequence_ids
 from engine.request import SamplingParams
 
@@ -104,24 +105,15 @@ class OpenAIRoutes:
         return jobs
 
     def _sampling(self, body: CompletionBody | ChatBody, max_new_tokens: int) -> SamplingParams:
-        sampling = SamplingParams(
-            temperature=greedy_if_cold(1.0 if body.temperature is None else body.temperature),
-            top_p=1.0 if body.top_p is None else body.top_p,
-            top_k=body.top_k,
-            min_p=body.min_p,
-            repetition_penalty=body.repetition_penalty,
-            presence_penalty=body.presence_penalty or 0.0,
-            frequency_penalty=body.frequency_penalty or 0.0,
-            seed=seed_in_range(body.seed),
+        return sampling_params(
+            self.core,
+            body,
+            seed=body.seed,
             max_new_tokens=max_new_tokens,
             min_new_tokens=body.min_tokens,
-            ignore_eos=body.ignore_eos,
-            stop_token_ids=tuple(body.stop_token_ids or ()),
             num_logprobs=body.num_logprobs,
-            logit_bias=bias_pairs(body.logit_bias),
+            min_tokens_param="min_tokens",
         )
-        self.core.check_sampling(sampling, "min_tokens")
-        return sampling
 
     def _head(self, request_id: str, body: OpenAIBody) -> dict[str, Any]:
         return {"id": request_id, "created": int(self.door.unix_time_s()), "model": self.core.card.name}

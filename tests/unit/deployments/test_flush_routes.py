@@ -302,3 +302,28 @@ async def test_a_controller_that_is_away_is_a_503_on_all_of_them(demo: Demo, mon
             (await server.client.get("/v1/cache/audit")).status_code,
         ]
     assert codes == [503, 503, 503]
+
+
+@scenario
+async def test_the_floor_that_the_api_checks_by_is_that_of_the_last_success(demo: Demo) -> None:
+    async with serving(demo, num_ranks=2) as server:
+
+        async def floor() -> int:
+            """As this replica's fleet would be told by its long poll."""
+            server.fleet.floor = (await server.plane.membership(-1, 0.0)).floor
+            return server.fleet.floor
+
+        floors = [await floor()]
+        for mode in ("wait", "drain", "fence"):
+            answer = (await flush(server, mode=mode, timeout_s=5)).json()
+            assert await floor() == answer["epoch"] > floors[-1]
+            floors.append(answer["epoch"])
+        async with running(server):
+            assert (await flush(server)).status_code == 409
+            assert await floor() == floors[-1], "one rank is untouched, and its KV may be used"
+        await cached(server, PROMPT, data_parallel_rank=1)
+        warm = await generate(server, PROMPT, data_parallel_rank=1)
+    assert warm["meta_info"]["cached_tokens"] == 96
+    # that rank did flush, for a flush which failed on the other: its KV is newer than any promise
+    assert warm["meta_info"]["kv_epoch"] > floors[-1]
+    assert server.core.counters.num_stale == 0
