@@ -360,6 +360,10 @@ class ControlPlane:
         """Metrics that change without an event."""
         num_serving = len(self._roster.book.view().members)
         self._metrics.ranks(num_serving, len(self._roster.records()) - num_serving)
+        self._metrics.floor(self._log.state.floor)
+        nodes = self._nodes.rows({record.node_id for record in self._roster.records()})
+        num_leased = sum(node["has_lease"] for node in nodes)
+        self._metrics.nodes(num_leased, len(nodes) - num_leased)
         since_s = self._desk.seconds_since_flush()
         if since_s is not None:
             self._metrics.seconds_since_flush(since_s)

@@ -12,6 +12,7 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from engine.flush import FlushCommand, FlushVerdict
 from engine.request import Output
 from engine.snapshot import Counters, EngineSnapshot
 
@@ -37,6 +38,8 @@ class ControlMetrics:
             "tidegate_flush_rank_verdicts", "Verdicts of single ranks about flushes.", tag_keys=("mode", "verdict")
         )
         self._epoch = Gauge("tidegate_epoch", "Newest epoch allotted by the controller.")
+        self._floor = Gauge("tidegate_floor", "Lowest epoch whose KV may still be used.")
+        self._nodes = Gauge("tidegate_nodes", "Nodes with ranks by what the controller grants.", tag_keys=("state",))
         self._since_flush = Gauge("tidegate_seconds_since_flush", "Since the last success of a flush of everything.")
         self._ranks = Gauge("tidegate_ranks", "Registered ranks by state.", tag_keys=("state",))
 
@@ -52,6 +55,14 @@ class ControlMetrics:
 
     def epoch(self, epoch: int) -> None:
         self._epoch.set(epoch)
+
+    def floor(self, floor: int) -> None:
+        self._floor.set(floor)
+
+    def nodes(self, num_leased: int, num_unleased: int) -> None:
+        """Ranks of a node without a lease serve uncached."""
+        self._nodes.set(num_leased, {"state": "leased"})
+        self._nodes.set(num_unleased, {"state": "unleased"})
 
     def seconds_since_flush(self, seconds: float) -> None:
         self._since_flush.set(seconds)
@@ -130,6 +141,8 @@ class RankMetrics:
         self._queue_wait = _histogram("tidegate_queue_wait_seconds", "Arrival at the rank to first admission.")
         self._flushes = _counter("tidegate_rank_flushes", "Flushes that ended on this rank.", "mode", "verdict")
         self._flush_wait = _histogram("tidegate_rank_flush_wait_seconds", "Arrival of a flush to its verdict.", "mode")
+        self._freed_pages = _counter("tidegate_flush_freed_pages", "KV pages that flushes have freed.", "tier")
+        self._freed_bytes = _counter("tidegate_flush_freed_bytes", "Bytes of these pages.", "tier")
         self._running = _gauge("tidegate_running_requests", "Admitted requests, half-prefilled ones included.")
         self._queued = _gauge("tidegate_queued_requests", "Requests that wait for admission.")
         self._pages = _gauge("tidegate_kv_pages", "KV pages of the device pool by state.", "state")
@@ -156,10 +169,15 @@ class RankMetrics:
             if output.finish is not None:
                 self._begun.discard(output.request_id)
 
-    def flush_ended(self, mode: str, verdict: str, waited_s: float) -> None:
-        """One flush has its verdict on this rank."""
-        self._flushes.inc(1, self._rank | {"mode": mode, "verdict": verdict})
-        self._flush_wait.observe(waited_s, self._rank | {"mode": mode})
+    def flush_ended(self, command: FlushCommand, verdict: FlushVerdict) -> None:
+        """One flush has its verdict on this rank. A dry run that went well is not counted as a flush."""
+        is_dry = command.dry_run and verdict.status == "flushed"
+        outcome = "dry_run" if is_dry else verdict.status
+        self._flushes.inc(1, self._rank | {"mode": command.mode, "verdict": outcome})
+        self._flush_wait.observe(verdict.waited_ms / 1000, self._rank | {"mode": command.mode})
+        if not is_dry:
+            self._add(self._freed_pages, verdict.freed_pages, tier="device")
+            self._add(self._freed_bytes, verdict.freed_bytes, tier="device")
 
     def report(self, snapshot: EngineSnapshot, num_dropped_frames: int) -> None:
         """Bring everything up to `snapshot`; called on a timer."""

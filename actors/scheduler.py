@@ -236,11 +236,10 @@ class SchedulerActor:
     def _flush_ended(self, pending: PendingFlush, verdict: FlushVerdict) -> None:
         """Whichever thread ended it."""
         log.info("flush %s (%s): %s %s", verdict.flush_id, pending.command.mode, verdict.status, verdict.message)
-        waited_s = verdict.waited_ms / 1000
-        self._call_loop(self._metrics.flush_ended, pending.command.mode, verdict.status, waited_s)
+        self._call_loop(self._metrics.flush_ended, pending.command, verdict)
 
     def _flush_refused(self, command: FlushCommand, verdict: FlushVerdict) -> None:
-        self._metrics.flush_ended(command.mode, verdict.status, 0.0)
+        self._metrics.flush_ended(command, verdict)
 
     def _report(self) -> None:
         if self._page is not None:

@@ -76,8 +76,8 @@ class Api(GrpcIngress):
             unix_time_s=lambda: datetime.now(UTC).timestamp(),
             clock_s=time.monotonic,
         )
-        # A full pass of the collector over all that Ray, Serve and the tokenizer have loaded stops every stream for
-        # some 100 ms, and with it the answer of a flush.
+        # A full pass of the collector over all that Ray, Serve and transformers have loaded stops every stream, and
+        # the answer of a flush, for 60 ms.
         calm_collector()
 
     def __serve_build_asgi_app__(self) -> Starlette:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from ray.util import metrics as ray_metrics
 
 from actors.metrics import ApiMetrics, ControlMetrics, RankMetrics
-from engine.flush import Blockers
+from engine.flush import Blockers, FlushCommand, FlushVerdict
 from engine.request import Output, RequestStats
 from engine.snapshot import Counters, EngineSnapshot
 
@@ -85,9 +86,35 @@ def test_gauges_show_the_snapshot(exported: Exported) -> None:
 
 
 def test_flushes_by_mode_and_verdict(exported: Exported) -> None:
-    RankMetrics(3).flush_ended("wait", "timed_out", 1.5)
+    metrics = RankMetrics(3)
+    command = FlushCommand("f", "wait", ("device",), epoch=4, term=1, budget_s=2.0)
+    metrics.flush_ended(command, FlushVerdict("f", "timed_out", waited_ms=1500.0))
     assert exported.of("tidegate_rank_flushes", mode="wait", verdict="timed_out") == [1]
     assert exported.of("tidegate_rank_flush_wait_seconds", mode="wait") == [1.5]
+    done = FlushVerdict("f", "flushed", freed_pages=3, freed_bytes=300)
+    metrics.flush_ended(command, done)
+    metrics.flush_ended(replace(command, dry_run=True), done)
+    assert exported.of("tidegate_rank_flushes", mode="wait", verdict="dry_run") == [1]
+    assert exported.of("tidegate_flush_freed_pages", tier="device") == [0, 3]
+    assert exported.of("tidegate_flush_freed_bytes", tier="device") == [0, 300]
+
+
+def test_epoch_floor_and_nodes_of_the_controller(exported: Exported) -> None:
+    metrics = ControlMetrics()
+    metrics.epoch(9)
+    metrics.floor(7)
+    metrics.nodes(2, 1)
+    metrics.seconds_since_flush(1.5)
+    shown = {
+        (name, *labels): values for (name, labels), values in exported.values.items() if name != "tidegate_flushes"
+    }
+    assert shown == {
+        ("tidegate_epoch",): [9],
+        ("tidegate_floor",): [7],
+        ("tidegate_nodes", ("state", "leased")): [2],
+        ("tidegate_nodes", ("state", "unleased")): [1],
+        ("tidegate_seconds_since_flush",): [1.5],
+    }
 
 
 def test_another_number_empties_the_old_gauges_and_counts_nothing_twice(exported: Exported) -> None:
