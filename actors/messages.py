@@ -114,6 +114,27 @@ class AbortCommand:
 
 
 @dataclass(frozen=True, slots=True)
+class HostReport:
+    """A node's host tier as its actor last saw it; travels with each renewal of the node's lease."""
+
+    #: none: no rank has asked for it yet.  reserving: its memory is being taken.  ready.  failed: `message` says why
+    status: str
+    message: str = ""
+    num_slots: int = 0
+    page_bytes: int = 0
+    file_bytes: int = 0
+    reserved_bytes: int = 0
+    #: slots by state; they sum to num_slots
+    free: int = 0
+    leased: int = 0
+    committed: int = 0
+    quarantined: int = 0
+    #: committed pages that a reader may still find
+    valid: int = 0
+    num_ranks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class NodeRenewal:
     """What a node's agent says when it asks for a lease, about once a fifth of a lease."""
 
@@ -126,6 +147,8 @@ class NodeRenewal:
     #: as the page says now
     floor: int = 0
     message_version: int = MESSAGE_VERSION
+    #: None: the node has no host tier
+    host: HostReport | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +175,9 @@ class FloorAnswer:
     floor: int
     #: the page obeys a higher term: whoever sent this floor is superseded
     is_refused: bool = False
+    #: pages of the node's host tier that this floor made void, and their bytes
+    host_pages: int = 0
+    host_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

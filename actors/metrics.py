@@ -6,12 +6,14 @@ Ray puts `ray_` before a name and `_total` behind a counter's. A restarted proce
 
 from __future__ import annotations
 
+from collections import Counter as Counts
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from actors.messages import HostReport
 from engine.flush import FlushCommand, FlushVerdict
 from engine.request import Output
 from engine.snapshot import Counters, EngineSnapshot
@@ -70,6 +72,38 @@ class ControlMetrics:
     def ranks(self, num_serving: int, num_lost: int) -> None:
         self._ranks.set(num_serving, {"state": "serving"})
         self._ranks.set(num_lost, {"state": "lost"})
+
+
+class TierMetrics:
+    """What a node's agent reports of its host tier."""
+
+    def __init__(self, node_id: str) -> None:
+        self._node = {"node": node_id[:12]}
+        self._seen: Counts[str] = Counts()
+        self._slots = Gauge(
+            "tidegate_host_slots", "Slots of the node's host tier by state.", tag_keys=("node", "state")
+        )
+        self._bytes = Gauge("tidegate_host_bytes", "Size of the node's arena.", tag_keys=("node",))
+        self._valid = Gauge(
+            "tidegate_host_valid_pages", "Committed pages that a reader may still find.", tag_keys=("node",)
+        )
+        self._ranks = Gauge("tidegate_host_ranks", "Ranks that use the node's host tier.", tag_keys=("node",))
+        self._pages = Counter(
+            "tidegate_host_tier_pages", "Pages and slots by what became of them.", tag_keys=("node", "event")
+        )
+
+    def report(self, report: HostReport, events: Mapping[str, int]) -> None:
+        """Bring everything up to this. events: totals since the file was opened; fewer than before: it is another."""
+        for state in ("free", "leased", "committed", "quarantined"):
+            self._slots.set(getattr(report, state), self._node | {"state": state})
+        self._bytes.set(report.file_bytes, self._node)
+        self._valid.set(report.valid, self._node)
+        self._ranks.set(report.num_ranks, self._node)
+        if any(events.get(name, 0) < seen for name, seen in self._seen.items()):
+            self._seen.clear()
+        for event, total in list(events.items()):
+            self._pages._record(total - self._seen[event], tags=self._node | {"event": event})
+            self._seen[event] = total
 
 
 class ApiMetrics:

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 from actors.audit_log import InThread
 from actors.clock import Clock
 from actors.end_proofs import EndProof, pause
+from actors.host_messages import HostDropped
+from actors.host_store import HostStore
 from actors.messages import FloorAnswer, LeaseAnswer, NodeRenewal, PagePlace, ProcessName
 from actors.ray_errors import Answered, outcome_within
 from cache.control_page import ControlPageWriter
@@ -65,6 +67,8 @@ class AgentSurroundings:
     #: pid namespace of this process
     pid_namespace: str
     in_thread: InThread
+    #: None: the settings have no host tier
+    host: HostStore | None = None
 
 
 class NodeAgent:
@@ -96,7 +100,12 @@ class NodeAgent:
             return FloorAnswer(nonce=0, floor=0)
         page = self._file.page
         is_obeyed = page.raise_floor(term, floor)
-        return FloorAnswer(page.nonce, page.read().floor, is_refused=not is_obeyed)
+        host = self._around.host
+        voided = HostDropped(0, 0) if host is None or not is_obeyed else host.raise_floor(term, floor)
+        return FloorAnswer(
+            page.nonce, page.read().floor, is_refused=not is_obeyed,
+            host_pages=voided.freed_pages, host_bytes=voided.freed_bytes,
+        )  # fmt: skip
 
     async def until_gone(self, name: ProcessName) -> bool:
         """True when the process is proven gone; False at once if it cannot be seen from here."""
@@ -126,6 +135,8 @@ class NodeAgent:
         """Stop looking after processes and let the file go."""
         for end in self._ends.values():
             end.cancel()
+        if self._around.host is not None:
+            self._around.host.close()
         if self._file is not None:
             self._file.close()
 
@@ -155,7 +166,8 @@ class NodeAgent:
         if self._file is not None:
             page = self._file.page
             place, floor = PagePlace(around.directory, around.file_name, page.nonce), page.read().floor
-        return NodeRenewal(around.node_id, around.clock.boot_id, around.clock.now_s(), place, floor)
+        report = None if around.host is None else around.host.report()
+        return NodeRenewal(around.node_id, around.clock.boot_id, around.clock.now_s(), place, floor, host=report)
 
     async def _obey(self, answer: LeaseAnswer, sent_s: float) -> None:
         self.message = answer.message
@@ -166,6 +178,8 @@ class NodeAgent:
             end_ns = int((sent_s + answer.lease_s) * _NS)
             if not self._file.page.grant(answer.term, answer.floor, 0, end_ns):
                 self.message = f"the page obeys a higher term than {answer.term}"
+            elif self._around.host is not None:
+                self._around.host.raise_floor(answer.term, answer.floor)
 
     async def _begin_lineage(self, lineage: str) -> None:
         """The first controller, or one that has lost its log: what is cached under another lineage is void."""
@@ -175,8 +189,12 @@ class NodeAgent:
             self._file = None
         self._lineage = ""
         try:
-            self._file = await self._around.in_thread(self._around.open_file, lineage)
+            file = self._file = await self._around.in_thread(self._around.open_file, lineage)
             self._lineage = lineage
+            if self._around.host is not None:
+                words = file.page.read()
+                self._around.host.begin_lineage(lineage)
+                self._around.host.raise_floor(words.term, words.floor)
         except ConfigError as error:
             self.message = error.message
             log.error("no control page: %s", error)

@@ -1,7 +1,7 @@
 """A node's agent as a Ray actor: `host-tier-<node>`, one per node, detached, restarted by Ray.
 
-A thin shell around actors/node_agent.py. It is made by the controller, on its node and outside of every rank's
-placement group, and outlives them all.
+A thin shell around actors/node_agent.py and actors/host_store.py. It is made by the controller, on its node and outside
+of every rank's placement group, and outlives them all.
 """
 
 from __future__ import annotations
@@ -9,61 +9,73 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import platform
-import secrets
-import threading
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 
-from actors import file_keeper
 from actors.clock import BootClock
 from actors.detached import find_actor
-from actors.end_proofs import LocalEnd, pid_namespace
+from actors.end_proofs import LocalEnd, pause, pid_namespace
+from actors.host_messages import HostCaller, HostClaim, HostDropped, HostPending, HostPlace, HostRefused
+from actors.host_store import HostStore, StoreSurroundings
 from actors.messages import FloorAnswer, ProcessName
+from actors.metrics import TierMetrics
 from actors.node_agent import AgentSurroundings, NodeAgent
+from actors.node_files import NodeFiles
 from actors.node_processes import NodeProcesses
-from cache.control_page import FileIdentity
-from cache.orphans import sweep
-from cache.shared_file import FileMaker, FilePaths, OwnedFile
-from cache.shared_words import fence_for
+from cache.host_tier import CommitOutcome
+from cache.page_checksum import PageEntry
+from cache.slot_owners import SlotLease, SlotRef
 from configs.schema import Settings
 
 log = logging.getLogger(__name__)
 
 #: exit status when the agent can go on no longer; Ray starts it again
 _EXIT_FAILED = 73
+_REPORT_PERIOD_S = 1.0
 
 
 class NodeAgentActor:
     """A plain class, wrapped where it is created (actors/controller.py)."""
 
     async def __init__(self, settings: Settings, node_id: str, controller_name: str) -> None:
-        paths = node_file(settings, node_id)
+        files, clock, namespace = NodeFiles(settings, node_id), BootClock(), pid_namespace()
+        self._clock = clock
+        self._host = HostStore(
+            settings.host_tier,
+            StoreSurroundings(
+                directory=str(files.arena.directory),
+                file_name=files.arena.name,
+                open_file=files.open_arena,
+                processes=NodeProcesses(),
+                until_gone=lambda name: self._agent.until_gone(name),
+                in_thread=asyncio.to_thread,
+                pid_namespace=namespace,
+                has_file=files.has_arena,
+                used=files.used,
+            ),
+        )
         around = AgentSurroundings(
-            clock=BootClock(),
+            clock=clock,
             node_id=node_id,
-            directory=str(paths.directory),
-            file_name=paths.name,
-            open_file=lambda lineage: self._open_file(paths, lineage),
+            directory=str(files.page.directory),
+            file_name=files.page.name,
+            open_file=files.open_page,
             find_controller=lambda: asyncio.to_thread(find_actor, controller_name),
             own_handle=ray.get_runtime_context().current_actor,
             find_process=LocalEnd.of,
-            pid_namespace=pid_namespace(),
+            pid_namespace=namespace,
             in_thread=asyncio.to_thread,
+            host=self._host if settings.host_tier.is_on else None,
         )
-        #: address of the process that removes the files at the cluster's end; "": none yet
-        self._keeper = ""
         self._agent = NodeAgent(around)
+        self._metrics = TierMetrics(node_id)
         self._running = asyncio.create_task(self._agent.run(), name="renew")
         self._running.add_done_callback(_must_not_end)
-
-    def _open_file(self, paths: FilePaths, lineage: str) -> OwnedFile:
-        """In a thread of its own."""
-        if not self._keeper:
-            self._keeper = file_keeper.start([paths.stem])
-        return _open_file(paths, lineage)
+        self._tending = [asyncio.create_task(self._host.run_checks()), asyncio.create_task(self._report())]
+        for tending in self._tending:
+            tending.add_done_callback(_must_not_end)
 
     async def raise_floor(self, term: int, floor: int) -> FloorAnswer:
         """See NodeAgent.raise_floor."""
@@ -77,38 +89,57 @@ class NodeAgentActor:
         """Sign of life: pid, node, lineage, floor and lease on the page."""
         return self._agent.facts()
 
+    # --- the host tier, for ranks of this node: see HostStore ---------------------------------------------------------
 
-class _LockClock:
-    """Time as the writer's lock needs it; only used aside from the loop."""
+    async def claim_host(self, claim: HostClaim) -> HostPlace | HostPending | HostRefused:
+        """See HostStore.claim."""
+        return await self._host.claim(claim)
 
-    def __init__(self) -> None:
-        self._clock = BootClock()
-        self._never = threading.Event()
+    async def lease_slots(self, caller: HostCaller, num_slots: int) -> SlotLease | None:
+        """See HostStore.lease."""
+        return await self._host.lease(caller, num_slots)
 
-    def now_s(self) -> float:
-        return self._clock.now_s()
+    async def commit_pages(self, caller: HostCaller, entries: Sequence[PageEntry]) -> list[CommitOutcome] | None:
+        """See HostStore.commit."""
+        return await self._host.commit(caller, entries)
 
-    def pause_s(self, duration_s: float) -> None:
-        self._never.wait(duration_s)
+    async def reconcile_slots(self, caller: HostCaller, held: Sequence[SlotRef]) -> list[SlotRef] | None:
+        """See HostStore.reconcile."""
+        return await self._host.reconcile(caller, held)
 
+    async def tell_host(
+        self, caller: HostCaller, returned: Sequence[SlotRef], touched: Sequence[SlotRef], corrupt: Sequence[SlotRef]
+    ) -> bool:
+        """See HostStore.tell."""
+        return await self._host.tell(caller, returned, touched, corrupt)
 
-def node_file(settings: Settings, node_id: str) -> FilePaths:
-    """Where a node's shared file lies."""
-    return FilePaths(settings.control.shared_dir, f"{settings.ray.deployment}-{node_id[:12]}")
+    async def leave_host(self, incarnation: str) -> None:
+        """See HostStore.leave."""
+        await self._host.leave(incarnation)
 
+    # --- the host tier, for the controller ----------------------------------------------------------------------------
 
-def _open_file(paths: FilePaths, lineage: str) -> OwnedFile:
-    fence = fence_for(platform.machine())
-    removed = sweep(Path(paths.directory), fence, keep=[paths.name])
-    if removed:
-        log.info("removed the shared files of dead deployments: %s", ", ".join(removed))
-    maker = FileMaker(FileIdentity(lineage), NodeProcesses(), _LockClock(), fence, nonce=secrets.randbits(62) + 1)
-    return maker.open(paths)
+    async def drop_host(self) -> HostDropped:
+        """See HostStore.drop_all."""
+        return await self._host.drop_all()
+
+    async def drop_host_older(self, age_s: float) -> HostDropped:
+        """Make pages of chains void that were begun more than `age_s` ago, counted from here."""
+        return await self._host.drop_older(max(0, int((self._clock.now_s() - age_s) * 1e9)))
+
+    async def _report(self) -> None:
+        while True:
+            report = self._host.report()
+            if report is None:
+                return
+            self._metrics.report(report, self._host.events)
+            await pause(_REPORT_PERIOD_S)
 
 
 def _must_not_end(done: asyncio.Task[None]) -> None:
     """An agent that renews no more must not look alive: its node would stay uncached for ever."""
-    if not done.cancelled():
-        log.critical("the agent ends: it can renew no longer", exc_info=done.exception())
-        logging.shutdown()
-        os._exit(_EXIT_FAILED)
+    if done.cancelled() or (done.exception() is None and done.get_name() != "renew"):
+        return  # switched off by the settings
+    log.critical("the agent ends: it can go on no longer", exc_info=done.exception())
+    logging.shutdown()
+    os._exit(_EXIT_FAILED)

@@ -1,0 +1,409 @@
+"""A node's host tier as its agent has it: the arena's file, its one writer, and the ranks that use it.
+
+The layout of a page is known only when a rank has loaded its model, so the arena is a file of its own beside the
+control page, made when the first rank claims it. Making it (reserving memory, adopting what a dead writer left) and
+looking it over run in a thread: nothing here delays a lease or a floor, which are words of the control page's file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
+
+from actors.audit_log import InThread
+from actors.end_proofs import pause
+from actors.host_messages import (
+    HostCaller,
+    HostClaim,
+    HostDropped,
+    HostPending,
+    HostPlace,
+    HostRefused,
+)
+from actors.messages import HostReport, ProcessName
+from cache.arena import Arena, ArenaGeometry
+from cache.control_page import ControlPageWriter, FileIdentity
+from cache.host_eviction import EvictionOrder, LruOrder, SlruOrder
+from cache.host_tier import CommitOutcome, HostTier
+from cache.page_checksum import PageEntry
+from cache.processes import Processes, ProcessId
+from cache.slot_owners import SlotLease, SlotRef
+from cache.slot_table import NOBODY, Holder
+from configs.errors import ConfigError
+from configs.schema import HostTierSettings
+
+log = logging.getLogger(__name__)
+
+GIB = 1024**3
+#: a claim waits this long for an arena in the making, then tells how far it is
+_CLAIM_WAIT_S = 1.0
+#: a flush of this tier waits this long for an agent that was just restarted to have its file again
+_OPEN_WAIT_S = 1.0
+#: void pages freed between two other calls: about 0.4 ms
+_RECLAIM_PAGES = 64
+_RECLAIM_PAUSE_S = 0.001
+_MAX_TOLD_VIOLATIONS = 10
+
+_ORDERS: dict[str, Callable[[], EvictionOrder]] = {"lru": LruOrder, "slru": SlruOrder}
+
+
+class ArenaFile(Protocol):
+    """The arena's file as its only writer has it."""
+
+    @property
+    def page(self) -> ControlPageWriter: ...
+
+    @property
+    def was_adopted(self) -> bool: ...
+
+    def arena(self) -> Arena: ...
+
+    def retire(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+#: (bytes reserved, bytes in all)
+Progress: TypeAlias = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSurroundings:
+    """Every way of the store out of its own loop."""
+
+    directory: str
+    #: name of the arena's file
+    file_name: str
+    #: own or make the file for an identity; blocks, ConfigError if it cannot be
+    open_file: Callable[[FileIdentity, Progress], ArenaFile]
+    processes: Processes
+    #: returns True when the process is proven gone
+    until_gone: Callable[[ProcessName], Awaitable[bool]]
+    in_thread: InThread
+    #: of this process and of every rank that may use the tier
+    pid_namespace: str
+    #: a file has the arena's name
+    has_file: Callable[[], bool]
+    #: ranks use the arena (True), or the last of them has left in good order
+    used: Callable[[bool], None]
+
+
+@dataclass(slots=True)
+class _Open:
+    """An arena that is there."""
+
+    identity: FileIdentity
+    file: ArenaFile
+    tier: HostTier
+    #: incarnation -> holder, of the ranks that have claimed it
+    holders: dict[str, Holder] = field(default_factory=dict)
+
+
+class HostStore:
+    """Lives on one asyncio loop. Calls of ranks are carried out one at a time, in the order in which they came."""
+
+    def __init__(self, settings: HostTierSettings, around: StoreSurroundings) -> None:
+        self._settings = settings
+        self._around = around
+        self._lineage = ""
+        self._term = 0
+        self._floor = 0
+        self._birth_floor_ns = 0
+        self._open: _Open | None = None
+        self._opening: asyncio.Task[None] | None = None
+        #: bytes of the arena in the making: so far, in all
+        self._progress = (0, 0)
+        self._failure: HostRefused | None = None
+        #: whoever has it is alone with the tier: a call of a rank, or a look over everything in a thread
+        self._alone = asyncio.Lock()
+        self._opened = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._reclaiming: asyncio.Task[None] | None = None
+
+    # ---------------------------------------------------------------------------------------------- words of the node
+    def begin_lineage(self, lineage: str) -> None:
+        """The controller's log from now on: an arena of another one is void."""
+        if self._open is not None:
+            self._open.file.retire()
+            self._open = None
+        self._lineage, self._failure = lineage, None
+        self._term = self._floor = self._birth_floor_ns = 0
+        self._opened.clear()
+
+    def raise_floor(self, term: int, floor: int) -> HostDropped:
+        """No page of an epoch below `floor` is committed or found from the return on. O(1)."""
+        is_news = floor > self._floor
+        self._term, self._floor = max(term, self._term), max(floor, self._floor)
+        opened = self._open
+        if opened is None or not is_news:
+            return HostDropped(0, 0)
+        num_before = opened.tier.num_valid
+        opened.file.page.raise_floor(term, floor)
+        self._reclaim()
+        num_pages = num_before - opened.tier.num_valid
+        return HostDropped(num_pages, num_pages * opened.identity.page_bytes)
+
+    # ------------------------------------------------------------------------------------------------- calls of ranks
+    async def claim(self, claim: HostClaim) -> HostPlace | HostPending | HostRefused:
+        """A rank wants to use the tier: where it is, how far it is, or why it will not be."""
+        if not self._settings.is_on:
+            return HostRefused("there is no host tier (configs: host_tier.size_gb)", is_final=True)
+        if claim.process.pid_namespace != self._around.pid_namespace:
+            # that it has ended could not be proven here, and its slots never be given to another
+            return HostRefused("the rank's process cannot be seen from its node's agent", is_final=True)
+        if claim.lineage != self._lineage:
+            return HostRefused("the node has not heard of the rank's controller yet", is_final=False)
+        try:
+            geometry = ArenaGeometry.fitting(int(self._settings.size_gb * GIB), claim.page_bytes)
+        except ConfigError as error:
+            return HostRefused(error.message, is_final=True)
+        identity = FileIdentity(claim.lineage, claim.layout_digest, geometry.num_slots, claim.page_bytes)
+        if self._open is not None and self._open.identity != identity:
+            refusal = self._make_way(identity)
+            if refusal is not None:
+                return refusal
+        if self._open is None:
+            await self._wait_for_file(identity)
+        if self._open is not None and self._open.identity == identity:
+            return self._admit(claim, self._open)
+        if self._failure is not None and self._opening is None:
+            return self._failure
+        return HostPending(*self._progress)
+
+    async def lease(self, caller: HostCaller, num_slots: int) -> SlotLease | None:
+        """See HostTier.lease. None, here and below: the caller has not claimed this file; it claims again."""
+        async with self._alone:
+            found = self._find(caller)
+            return None if found is None else found[0].lease(found[1], num_slots)
+
+    async def commit(self, caller: HostCaller, entries: Sequence[PageEntry]) -> list[CommitOutcome] | None:
+        """See HostTier.commit."""
+        async with self._alone:
+            found = self._find(caller)
+            return None if found is None else found[0].commit(found[1], entries)
+
+    async def reconcile(self, caller: HostCaller, held: Sequence[SlotRef]) -> list[SlotRef] | None:
+        """See HostTier.reconcile."""
+        async with self._alone:
+            found = self._find(caller)
+            return None if found is None else found[0].reconcile(found[1], held)
+
+    async def tell(
+        self, caller: HostCaller, returned: Sequence[SlotRef], touched: Sequence[SlotRef], corrupt: Sequence[SlotRef]
+    ) -> bool:
+        """Slots given back, pages that were read, pages that were found corrupt. False: it has not claimed this file.
+
+        Hashes each page reported as corrupt: about 30 us per MB.
+        """
+        async with self._alone:
+            found = self._find(caller)
+            if found is None:
+                return False
+            tier, holder = found
+            tier.release(holder, returned)
+            tier.touch(touched)
+            for ref in corrupt:
+                if tier.report_corrupt(ref):
+                    log.error("the page in slot %d is not what was committed: out of use", ref.slot)
+            return True
+
+    async def leave(self, incarnation: str) -> None:
+        """A rank stops in good order: it writes nothing any more."""
+        async with self._alone:
+            opened = self._open
+            holder = None if opened is None else opened.holders.pop(incarnation, None)
+            if opened is None or holder is None:
+                return
+            opened.tier.reconcile(holder, ())
+            if not opened.holders:
+                self._around.used(False)
+
+    # --------------------------------------------------------------------------------------------------------- flushes
+    async def drop_all(self) -> HostDropped:
+        """Flush this tier alone; see HostTier.drop_all."""
+        opened = await self._settled()
+        if opened is None:
+            return HostDropped(0, 0, self._why_closed())
+        async with self._alone:
+            num_pages = opened.tier.drop_all()
+        self._reclaim()
+        return HostDropped(num_pages, num_pages * opened.identity.page_bytes)
+
+    async def drop_older(self, birth_floor_ns: int) -> HostDropped:
+        """Pages of chains begun before this instant (CLOCK_BOOTTIME) are found no more from the return on."""
+        self._birth_floor_ns = max(self._birth_floor_ns, birth_floor_ns)
+        opened = await self._settled()
+        if opened is None:
+            return HostDropped(0, 0, self._why_closed())
+        opened.file.page.raise_birth_floor(birth_floor_ns)
+        self._reclaim()
+        return HostDropped(0, 0)
+
+    # -------------------------------------------------------------------------------------------------------- upkeep
+    async def run_checks(self) -> None:
+        """Look the tier over on a timer, quarantine what is wrong, say it. Returns at once if that is switched off."""
+        while self._settings.sanity_check_s > 0:
+            await pause(self._settings.sanity_check_s)
+            async with self._alone:
+                if self._open is None:
+                    continue
+                tier = self._open.tier
+                tier.check_holders()
+                violations = await self._around.in_thread(tier.heal)
+            for text in violations[:_MAX_TOLD_VIOLATIONS]:
+                log.error("host tier: %s", text)
+
+    def report(self) -> HostReport | None:
+        """The tier in numbers; None: the settings have none."""
+        if not self._settings.is_on:
+            return None
+        opened = self._open
+        if opened is None:
+            reserved, total = self._progress
+            status = "reserving" if self._opening is not None else "failed" if self._failure else "none"
+            message = self._failure.message if self._failure is not None else ""
+            return HostReport(status, message, file_bytes=total, reserved_bytes=reserved)
+        counts, identity = opened.tier.counts(), opened.identity
+        file_bytes = ArenaGeometry(identity.num_slots, identity.page_bytes).file_bytes
+        return HostReport(
+            "ready", "", identity.num_slots, identity.page_bytes, file_bytes, file_bytes, *counts,
+            valid=opened.tier.num_valid, num_ranks=len(opened.holders),
+        )  # fmt: skip
+
+    @property
+    def events(self) -> Counter[str]:
+        """Pages by what became of them; only rise while the file is the same."""
+        return Counter() if self._open is None else self._open.tier.events
+
+    def close(self) -> None:
+        """Leave the file for the next agent."""
+        for task in (self._opening, self._reclaiming, *self._tasks):
+            if task is not None:
+                task.cancel()
+        if self._open is not None:
+            self._open.file.close()
+
+    # -------------------------------------------------------------------------------------------------------- inside
+    def _find(self, caller: HostCaller) -> tuple[HostTier, Holder] | None:
+        opened = self._open
+        if opened is None or opened.file.page.nonce != caller.nonce:
+            return None
+        holder = opened.holders.get(caller.incarnation)
+        return None if holder is None else (opened.tier, holder)
+
+    def _admit(self, claim: HostClaim, opened: _Open) -> HostPlace:
+        name = claim.process
+        if claim.incarnation not in opened.holders:
+            holder = Holder.of(claim.incarnation, ProcessId(name.pid, name.start_time))
+            opened.holders[claim.incarnation] = holder
+            self._watch(name, opened, claim.incarnation, holder)
+            self._around.used(True)
+        around, num_slots = self._around, opened.identity.num_slots
+        return HostPlace(around.directory, around.file_name, opened.file.page.nonce, num_slots)
+
+    def _make_way(self, identity: FileIdentity) -> HostRefused | None:
+        """An arena of another layout goes if nobody uses it."""
+        opened = self._open
+        assert opened is not None
+        if opened.holders:
+            reason = identity.difference(opened.file.page) or "it is another one"
+            ranks = f"{len(opened.holders)} rank(s) of this node use it"
+            return HostRefused(f"the node's host tier cannot be used by this rank: {reason}; {ranks}", is_final=True)
+        opened.file.retire()
+        self._open = None
+        self._opened.clear()
+        return None
+
+    async def _wait_for_file(self, identity: FileIdentity) -> None:
+        if self._opening is None:
+            self._failure = None
+            self._opening = asyncio.create_task(self._open_file(identity), name="open-arena")
+        await asyncio.wait({self._opening}, timeout=_CLAIM_WAIT_S)
+
+    async def _open_file(self, identity: FileIdentity) -> None:
+        try:
+            file, tier = await self._around.in_thread(self._open_blocking, identity)
+        except ConfigError as error:
+            log.error("no host tier: %s", error)
+            self._failure = HostRefused(error.message, is_final=True)
+            return
+        except OSError as error:
+            log.exception("no host tier")
+            self._failure = HostRefused(f"the arena cannot be opened: {error.strerror}", is_final=False)
+            return
+        finally:
+            self._opening = None
+        if identity.lineage != self._lineage:
+            file.retire()
+            return
+        # what was raised while it was being made; nobody has committed yet
+        file.page.raise_floor(self._term, self._floor)
+        file.page.raise_birth_floor(self._birth_floor_ns)
+        opened = self._open = _Open(identity, file, tier)
+        for holder in [*tier.owners.leased, *tier.owners.quarantined]:
+            if holder != NOBODY:
+                self._watch(ProcessName(*holder.process), opened, "", holder)
+        self._opened.set()
+        self._reclaim()
+        words = "adopted" if file.was_adopted else "made"
+        log.info("host tier %s: %s, %d pages valid", words, tier.counts(), tier.num_valid)
+
+    def _open_blocking(self, identity: FileIdentity) -> tuple[ArenaFile, HostTier]:
+        """In a thread: nobody else knows the tier yet."""
+        file = self._around.open_file(identity, self._note_progress)
+        order = _ORDERS[self._settings.eviction]()
+        max_leased = 4 * self._settings.lease_batch
+        return file, HostTier(file.arena(), file.page, order, self._around.processes, max_leased)
+
+    def _note_progress(self, done: int, total: int) -> None:
+        self._progress = (done, total)
+        if total > GIB:
+            log.info("reserving host memory: %d of %d MiB", done >> 20, total >> 20)
+
+    def _watch(self, name: ProcessName, opened: _Open, incarnation: str, holder: Holder) -> None:
+        self._start(self._until_left(name, opened, incarnation, holder), f"holder-{name.pid}")
+
+    async def _until_left(self, name: ProcessName, opened: _Open, incarnation: str, holder: Holder) -> None:
+        """Free what a rank held when its process is proven gone."""
+        if not await self._around.until_gone(name):
+            return
+        async with self._alone:
+            opened.holders.pop(incarnation, None)
+            if opened is self._open:
+                opened.tier.holder_left(holder)
+
+    async def _settled(self) -> _Open | None:
+        """The open arena; waits a moment for one that a restarted agent has not opened again yet."""
+        if self._open is None:
+            await asyncio.wait({self._start(self._until_opened(), "opened")}, timeout=_OPEN_WAIT_S)
+        return self._open
+
+    async def _until_opened(self) -> None:
+        await self._opened.wait()
+
+    def _why_closed(self) -> str:
+        """A flush of a tier that is not open: "" if there is nothing to flush."""
+        exists = self._opening is not None or self._around.has_file()
+        return "the node's host tier is not open yet" if exists else ""
+
+    def _reclaim(self) -> None:
+        """Begin to free, between other work, the pages that a flush has made void."""
+        if self._open is not None and (self._reclaiming is None or self._reclaiming.done()):
+            self._reclaiming = self._start(self._reclaim_all(), "reclaim")
+
+    async def _reclaim_all(self) -> None:
+        more = True
+        while more and self._open is not None:
+            await pause(_RECLAIM_PAUSE_S)
+            async with self._alone:
+                more = self._open is not None and self._open.tier.reclaim(_RECLAIM_PAGES)
+
+    def _start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
