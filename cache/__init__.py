@@ -1,6 +1,7 @@
 """Prefix index, page pool, device cache. Knows neither Ray nor HTTP nor torch."""
 
-from cache.device_cache import DeviceCache, Dropped, PageCounts, Swapped
+from cache.device_cache import DeviceCache
+from cache.page_counts import Dropped, PageCounts, Swapped
 from cache.page_hold import PageHold
 from cache.types import (
     DEFAULT_NAMESPACE,

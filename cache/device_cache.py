@@ -1,16 +1,24 @@
 """The device tier of one rank: who owns which page, what may be matched, what a flush does. The scheduler's only door.
 
 One thread uses it (the engine thread). No clock, no I/O. Every page is in exactly one state at any time: free, cached
-(in the index, evictable), pinned (in the index, in use), private (of one hold), fenced (of holds a flush covered).
+(in the index, evictable), pinned (in the index, in use), private (of one hold), fenced (of holds a flush covered),
+copying (of a copy to or from the host tier). Copies are holds of their own, so what protects a request's pages
+protects a copy's: they are handed out to nobody before `close`, whatever is flushed, dropped or aborted meanwhile.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final, TypeAlias
 
+import numpy as np
+
+from cache.chain_keys import node_keys
+from cache.copies import orphaned_copies
 from cache.fence import FencedSpan, carried_pages, fence_path, release_span
+from cache.key_roots import KeyRoots
+from cache.keys import KEY_BYTES, PageKeys
 from cache.node_table import NO_NODE, NodeId
+from cache.page_counts import Dropped, PageCounts, Swapped
 from cache.page_hold import PageHold
 from cache.pages import PAGE_ID_BYTES, PagePool
 from cache.prefix_index import PrefixIndex
@@ -22,39 +30,6 @@ from configs.errors import InvariantError
 Scope: TypeAlias = NamespaceScope | PrefixScope | AgeScope
 
 FIRST_EPOCH: Final = Epoch(0)
-
-
-@dataclass(frozen=True, slots=True)
-class PageCounts:
-    """Pages by state; they sum to the pool's size."""
-
-    free: int
-    #: in the index and evictable
-    cached: int
-    #: in the index and in use
-    pinned: int
-    private: int
-    fenced: int
-
-
-@dataclass(frozen=True, slots=True)
-class Swapped:
-    """What a swap did."""
-
-    #: cached pages that became free
-    freed_pages: int
-    #: pages that go on as fenced until their owners close
-    carried_pages: int
-
-
-@dataclass(frozen=True, slots=True)
-class Dropped:
-    """What a scoped drop did, or would do."""
-
-    #: cached pages that became free
-    freed_pages: int
-    #: pages that became fenced
-    fenced_pages: int
 
 
 class DeviceCache:
@@ -83,6 +58,7 @@ class DeviceCache:
         self._page_bytes = page_size * TOKEN_BYTES
         self._num_private = 0
         self._num_fenced = 0
+        self._num_copying = 0
         # counters since start, for metrics
         self.num_lookup_tokens = 0
         self.num_hit_tokens = 0
@@ -144,7 +120,7 @@ class DeviceCache:
                                  f"{hold.num_tokens_capacity} have pages")  # fmt: skip
         first, last = hold.num_shared_pages, stop // self._page_bytes
         pages = hold.page_table[first:last].tobytes()
-        node, known = self.index.insert(hold.namespace, hold.node, start, tokens, stop, pages, hold.opened_s)
+        node, known = self.index.insert(hold.namespace, hold.node, start, tokens, stop, pages, hold.birth_s)
         self._repin(hold, node)
         num_known = (known - start) // self._page_bytes
         if num_known:
@@ -164,6 +140,9 @@ class DeviceCache:
         num_private = hold.num_private_pages
         if num_private:
             self.pool.give(hold.private_pages())
+        if hold.is_copy:
+            self._num_copying -= num_private
+            num_private = 0
         if hold.is_fenced:
             self._num_fenced -= num_private + self._release_span(hold)
         else:
@@ -190,23 +169,27 @@ class DeviceCache:
         self.epoch = epoch
         self.generation = TreeGeneration(self.generation + 1)
         self.num_dropped_pages += freed
-        return Swapped(freed, self._num_fenced)
+        return Swapped(freed, self._num_fenced + self._num_copying)
 
     def begin_anew(self) -> None:
-        """After a violation: a pool and an index that know nothing of before, and no open hold.
+        """After a violation: a pool and an index that know nothing of before, and no open hold but those of copies.
 
-        Who had one finds it closed and must not use its pages any more. Nothing of the old state is read, which may
+        Who had one finds it closed and must not use its pages any more; pages that a copy reads or writes stay the
+        copy's. Nothing else of the old state is read, which may
         have one page in two hands or a page that does not exist. The epoch stays, the tree generation rises.
         """
+        copies = orphaned_copies(list(self.holds), self.num_pages)
         for hold in self.holds:
-            hold.is_closed = True
-        self.holds.clear()
+            hold.is_closed = hold not in copies
+        self.holds = dict.fromkeys(copies)
         self.num_dropped_pages += self.index.num_pages
         self.pool = PagePool(self.num_pages)
+        self.pool.restart(b"".join(copy.private_pages() for copy in copies))
         self.index = PrefixIndex(self.page_size)
         self.retired.clear()
         self.generation = TreeGeneration(self.generation + 1)
         self._num_private = self._num_fenced = 0
+        self._num_copying = sum(copy.num_private_pages for copy in copies)
 
     def drop_namespace(self, namespace: Namespace) -> Dropped:
         """Drop one namespace; its open holds go on as fenced. O(open holds + their pages)."""
@@ -252,13 +235,94 @@ class DeviceCache:
         """Pages by state. O(1)."""
         index = self.index
         free = self.pool.num_free + index.dropped.num_pages
-        return PageCounts(free, index.num_evictable, index.num_pinned, self._num_private, self._num_fenced)
+        return PageCounts(
+            free, index.num_evictable, index.num_pinned, self._num_private, self._num_fenced, self._num_copying
+        )
 
     def sanity_check(self) -> list[str]:
         """Violations in words, empty when sound. Changes nothing. O(pages)."""
         return violations(self)
 
+    # -------------------------------------------------------------------------------------------------------- copies
+    def open_load(self, hold: PageHold, num_pages: int, birth_s: float) -> PageHold:
+        """Take the hold's first `num_pages` private pages from it, for a copy that fills them. `end_load` ends it.
+
+        birth_s: of the KV that will be in them. Until then the hold must not be extended, published or computed with.
+        """
+        self._check_open(hold)
+        shared, pages = hold.num_shared_pages, hold.page_table
+        copy = self._open_copy(hold.namespace, hold.first_page, birth_s)
+        copy.replace_pages(pages[shared : shared + num_pages].data)
+        hold.replace_pages(pages[:shared].data, pages[shared + num_pages :].data)
+        hold.birth_s = min(hold.birth_s, birth_s)
+        self._num_copying += num_pages
+        if hold.is_fenced:
+            self._num_fenced -= num_pages
+        else:
+            self._num_private -= num_pages
+        return copy
+
+    def end_load(self, hold: PageHold, copy: PageHold, num_loaded: int) -> None:
+        """The copy has ended: its pages are the hold's again, the first `num_loaded` of them with valid KV."""
+        self._check_open(hold)
+        self._check_open(copy)
+        shared, num_pages = hold.num_shared_pages, len(copy.page_table)
+        hold.replace_pages(hold.page_table[:shared].data, copy.page_table.data, hold.page_table[shared:].data)
+        hold.num_loaded_tokens = num_loaded * self.page_size
+        self._num_copying -= num_pages
+        if hold.is_fenced:
+            self._num_fenced += num_pages
+        else:
+            self._num_private += num_pages
+        del self.holds[copy]
+        copy.is_closed = True
+
+    def open_victim(self, max_pages: int, roots: KeyRoots) -> tuple[PageHold, PageKeys] | None:
+        """Evict the tail of the coldest leaf for a copy, which owns its pages from now on; at most `max_pages`.
+
+        Returns the copy's hold, to be closed when it has ended, and the keys of its pages. None: nothing to evict, or
+        dropped pages wait to be freed, which is cheaper.
+        """
+        index = self.index
+        node = NO_NODE if index.dropped else index.queue.pop()
+        if node < 0:
+            return None
+        stem = index.stem_of(node)
+        copy = self._open_copy(index.stems.spaces[stem].namespace, index.stems.first_pages[stem], index.birth_of(node))
+        keys = node_keys(index, node, roots, self.epoch)
+        copy.replace_pages(index.give_up(node, max_pages))
+        num_pages = len(copy.page_table)
+        self._num_copying += num_pages
+        self.num_evicted_pages += num_pages
+        return copy, keys[-num_pages * KEY_BYTES :]
+
+    def give_back(self, copy: PageHold, is_kept: list[bool]) -> None:
+        """A copy does not need some of its own pages: those where `is_kept` is False are free."""
+        self._check_open(copy)
+        kept = np.array(is_kept, np.bool_)
+        pages = copy.page_table
+        self.pool.give(pages[~kept].tobytes())
+        self._num_copying -= int((~kept).sum())
+        copy.replace_pages(pages[kept].data)
+
+    def open_backup(self, hold: PageHold, now_s: float) -> PageHold:
+        """Pin the hold's shared pages for copies out of them; the copy's hold, to be closed when they have ended."""
+        self._check_open(hold)
+        copy = PageHold(hold.namespace, hold.first_page, self.epoch, self.generation, now_s, self.page_size)
+        copy.is_copy = True
+        copy.birth_s = self.index.birth_of(hold.node)
+        self._share(copy, hold.node, hold.shared_bytes())
+        self.holds[copy] = None
+        return copy
+
     # ------------------------------------------------------------------------------------------------------- private
+    def _open_copy(self, namespace: Namespace, first_page: TokenBytes, birth_s: float) -> PageHold:
+        """The hold of a copy of pages that are in no index. It is as good as fenced: it publishes nothing."""
+        copy = PageHold(namespace, first_page, self.epoch, self.generation, birth_s, self.page_size)
+        copy.is_copy = copy.is_fenced = True
+        self.holds[copy] = None
+        return copy
+
     def _check_open(self, hold: PageHold) -> None:
         if hold not in self.holds:
             raise InvariantError("a page hold was used after its end" if hold.is_closed else "a foreign page hold")
@@ -306,7 +370,7 @@ class DeviceCache:
     def _count_drop(self, scope: Scope) -> Dropped:
         covered = [hold for hold in self.holds if self._is_covered(hold, scope)]
         pinned = self._num_pinned_by(covered)
-        num_private = sum(hold.num_private_pages for hold in covered)
+        num_private = sum(hold.num_private_pages for hold in covered if not hold.is_copy)
         return Dropped(self.index.stems.count(scope.stems(self.index)) - pinned, pinned + num_private)
 
     def _is_covered(self, hold: PageHold, scope: Scope) -> bool:
@@ -327,7 +391,7 @@ class DeviceCache:
         num_private = 0
         for hold in holds:
             hold.is_fenced = True
-            num_private += hold.num_private_pages
+            num_private += 0 if hold.is_copy else hold.num_private_pages
             if hold.node >= 0:
                 hold.span = fence_path(self.index, hold.node, spans)
                 hold.node = NO_NODE

@@ -2,13 +2,14 @@
 
 Why not an object per node: the cyclic garbage collector visits every tracked object in a full pass, and 100,000 node
 objects with their dicts cost it a pause of several ms on the engine thread. Bytes, ints and dicts of bytes to ints are
-not tracked, so here it sees nine lists. A whole table is also taken apart by popping the ends of its lists.
+not tracked, so here it sees eleven lists. A whole table is also taken apart by popping the ends of its lists.
 """
 
 from __future__ import annotations
 
 from typing import Final, NewType
 
+from cache.keys import PageKeys
 from cache.pages import PageIds
 from cache.types import TokenBytes
 
@@ -28,7 +29,9 @@ EDGE_BYTES_PER_UNIT: Final = 1 << 16
 class NodeTable:
     """Columns of the tree. Plain data: the rules live in PrefixIndex and EvictionQueue."""
 
-    __slots__ = ("_vacant", "children", "edges", "is_queued", "owners", "pages", "parents", "starts", "used")
+    __slots__ = (
+        "_vacant", "backed", "children", "edges", "is_queued", "keys", "owners", "pages", "parents", "starts", "used",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         #: tokens from the parent's end to the node's own, whole pages, at least one; b"" in a vacant or dead row
@@ -45,6 +48,10 @@ class NodeTable:
         self.owners: list[int] = []
         #: tick of the last use, stamped when a pin ends
         self.used: list[int] = []
+        #: keys of the edge's first pages, as far as they were asked for (`cache.chain_keys`); b"" without a host tier
+        self.keys: list[PageKeys] = []
+        #: of the edge's pages, how many from its start are in the host tier or on their way; write-through only
+        self.backed: list[int] = []
         #: 1 while the node has its one entry in the eviction queue
         self.is_queued = bytearray()
         self._vacant: list[NodeId] = []
@@ -67,6 +74,8 @@ class NodeTable:
         self.starts.append(start)
         self.owners.append(0)
         self.used.append(used)
+        self.keys.append(b"")
+        self.backed.append(0)
         self.is_queued.append(0)
         return NodeId(len(self.edges) - 1)
 
@@ -80,6 +89,8 @@ class NodeTable:
         self.pages[node] = b""
         self.children[node] = NO_CHILDREN
         self.owners[node] = 0
+        self.keys[node] = b""
+        self.backed[node] = 0
         if not self.is_queued[node]:
             self._vacant.append(node)
 
@@ -106,6 +117,6 @@ class NodeTable:
             budget -= 1 + len(edges.pop()) // EDGE_BYTES_PER_UNIT
             children.pop()
             self.pages.pop()
-        for column in (self.parents, self.starts, self.owners, self.used):
+        for column in (self.parents, self.starts, self.owners, self.used, self.keys, self.backed):
             del column[len(edges) :]
         return max(budget, 0)

@@ -14,15 +14,15 @@ from cache.types import TOKEN_BYTES, Epoch, Namespace, TokenBytes, TreeGeneratio
 
 
 class PageHold:
-    """What one admission of a request owns: pinned pages of the index first, then private ones.
+    """What one admission of a request, or one copy, owns: pinned pages of the index first, then private ones.
 
     Read by the scheduler, changed only by the DeviceCache that opened it. A hold is fenced once a flush covered it:
     it keeps its pages, but nothing it computes is published any more (taint follows the request).
     """
 
     __slots__ = (
-        "_page_size", "epoch", "first_page", "generation", "is_closed", "is_fenced", "namespace", "node",
-        "num_cached_tokens", "num_shared_pages", "opened_s", "page_table", "span",
+        "_page_size", "birth_s", "epoch", "first_page", "generation", "is_closed", "is_copy", "is_fenced", "namespace",
+        "node", "num_cached_tokens", "num_loaded_tokens", "num_shared_pages", "opened_s", "page_table", "span",
     )  # fmt: skip
 
     def __init__(
@@ -36,11 +36,15 @@ class PageHold:
         self.epoch: Final = epoch
         self.generation: Final = generation
         self.opened_s: Final = opened_s
+        #: no KV that is private to this hold is older; below opened_s once pages of the host tier joined it
+        self.birth_s = opened_s
         #: int32, writable by nobody but us: pages of the sequence in order. Replaced on change, never changed in
         #: place, so a batch may keep a view of it.
         self.page_table: NDArray[np.int32] = NO_PAGES
         #: tokens whose KV was found at the admission; a multiple of page_size
         self.num_cached_tokens = 0
+        #: tokens behind those whose KV was loaded from the host tier; a multiple of page_size
+        self.num_loaded_tokens = 0
         #: entries of page_table that the index owned when they were last looked at; the rest is private
         self.num_shared_pages = 0
         #: pinned; the shared pages end in its edge. NO_NODE when there are none
@@ -49,6 +53,8 @@ class PageHold:
         self.span: FencedSpan | None = None
         self.is_fenced = False
         self.is_closed = False
+        #: of a copy to or from the host tier, not of a request: private pages are counted as copying
+        self.is_copy = False
         self._page_size = page_size
 
     @property
@@ -59,7 +65,7 @@ class PageHold:
     @property
     def kv_epoch(self) -> Epoch | None:
         """Lowest epoch of any KV reused, None when nothing was: the index holds one epoch at a time."""
-        return self.epoch if self.num_cached_tokens else None
+        return self.epoch if self.num_cached_tokens or self.num_loaded_tokens else None
 
     @property
     def num_private_pages(self) -> int:

@@ -14,6 +14,7 @@ from typing import Final
 
 from cache.dropped import DroppedParts
 from cache.eviction import EvictionQueue
+from cache.keys import KEY_BYTES
 from cache.node_table import NO_CHILDREN, NO_NODE, NodeId, NodeTable
 from cache.pages import PAGE_ID_BYTES, PageIds
 from cache.stems import StemId, StemIds, StemTable
@@ -226,8 +227,18 @@ class PrefixIndex:
         table.children[upper] = {edge[cut : cut + self.page_bytes]: node}
         table.edges[node], table.pages[node] = edge[cut:], pages[page_cut:]
         table.parents[node], table.starts[node] = upper, pos
+        self._split_host_part(node, upper, page_cut // PAGE_ID_BYTES)
         siblings[edge[: self.page_bytes]] = upper
         return upper
+
+    def _split_host_part(self, node: NodeId, upper: NodeId, num_upper: int) -> None:
+        """What is known of the edge's pages for the host tier goes with them."""
+        table = self.table
+        if keys := table.keys[node]:
+            table.keys[upper], table.keys[node] = keys[: num_upper * KEY_BYTES], keys[num_upper * KEY_BYTES :]
+        if num_backed := table.backed[node]:
+            table.backed[upper] = min(num_backed, num_upper)
+            table.backed[node] = num_backed - table.backed[upper]
 
     # --------------------------------------------------------------------------------------------------------- evict
     def evict(self, num_pages: int) -> list[PageIds]:
@@ -241,10 +252,14 @@ class PrefixIndex:
             raise InvariantError("eviction while dropped pages wait to be freed")
         out: list[PageIds] = []
         while num_pages > 0 and (node := self.queue.pop()) >= 0:
-            pages = self._trim(node, num_pages) if self._is_longer(node, num_pages) else self._remove(node)
+            pages = self.give_up(node, num_pages)
             num_pages -= len(pages) // PAGE_ID_BYTES
             out.append(pages)
         return out
+
+    def give_up(self, leaf: NodeId, num_pages: int) -> PageIds:
+        """Take the last `num_pages` pages, or all if there are fewer, of a leaf that `queue.pop` has returned."""
+        return self._trim(leaf, num_pages) if self._is_longer(leaf, num_pages) else self._remove(leaf)
 
     def _is_longer(self, node: NodeId, num_pages: int) -> bool:
         return len(self.table.pages[node]) > num_pages * PAGE_ID_BYTES
@@ -253,6 +268,9 @@ class PrefixIndex:
         table, pages = self.table, self.table.pages[leaf]
         table.edges[leaf] = table.edges[leaf][: -num_pages * self.page_bytes]
         table.pages[leaf] = pages[: -num_pages * PAGE_ID_BYTES]
+        num_left = len(table.pages[leaf]) // PAGE_ID_BYTES
+        table.keys[leaf] = table.keys[leaf][: num_left * KEY_BYTES]
+        table.backed[leaf] = min(table.backed[leaf], num_left)
         self.queue.offer(leaf)
         self._count(self.stem_of(leaf), -num_pages)
         return pages[-num_pages * PAGE_ID_BYTES :]

@@ -65,8 +65,9 @@ def _counts(view: _View) -> Iterator[str]:
         "free": cache.pool.num_free + _num_pages(view.pages_of(view.dropped)),
         "cached": _num_pages(view.pages_of(view.live)) - _num_pages(view.pages_of(pinned)),
         "pinned": _num_pages(view.pages_of(pinned)),
-        "private": sum(hold.num_private_pages for hold in cache.holds if not hold.is_fenced),
-        "fenced": sum(hold.num_private_pages for hold in cache.holds if hold.is_fenced)
+        "copying": sum(hold.num_private_pages for hold in cache.holds if hold.is_copy),
+        "private": sum(hold.num_private_pages for hold in cache.holds if not (hold.is_fenced or hold.is_copy)),
+        "fenced": sum(hold.num_private_pages for hold in cache.holds if hold.is_fenced and not hold.is_copy)
         + _num_pages([span.pages for span in view.spans]),
     }
     for state, num_pages in found.items():
@@ -161,7 +162,7 @@ def _shared_part(index: PrefixIndex, hold: PageHold) -> Iterator[str]:
         yield f"a hold shares {hold.num_shared_pages} pages; its node {hold.node} ends before"
     elif index.path_pages(hold.node, stop) != hold.page_table[: hold.num_shared_pages].tobytes():
         yield f"the shared pages of a hold are not those of its node {hold.node}"
-    elif index.birth_of(hold.node) > hold.opened_s:
+    elif index.birth_of(hold.node) > hold.birth_s:
         yield f"node {hold.node} is pinned by an older hold than its stem's birth tells"
 
 

@@ -48,7 +48,7 @@ class AgeScope:
 
     def covers(self, hold: PageHold, index: PrefixIndex) -> bool:
         # the birth of a stem is at most that of any hold that pins it: both stand or fall together
-        birth_s = index.birth_of(hold.node) if hold.node >= 0 else hold.opened_s
+        birth_s = min(index.birth_of(hold.node), hold.birth_s) if hold.node >= 0 else hold.birth_s
         return birth_s < self.birth_s
 
     def stems(self, index: PrefixIndex) -> StemIds:
