@@ -206,7 +206,8 @@ class FlushMachine:
         run.sub_epoch = index if plan.takes_sub_epoch else 0
         self.state = "running"
         for record in self._newcomers:
-            run.joined(record)
+            if not run.has(record.incarnation):  # else it was answered before there was this epoch, and is told
+                run.joined(record)
         if not plan.raises_floor_first:
             return self._proceed(now_s)
         run.is_floor_raised = True

@@ -349,6 +349,15 @@ def test_who_registers_empty_meanwhile_has_joined() -> None:
     assert flush.statuses == ["flushed", "joined", "joined", "flushed"]
 
 
+def test_whose_registration_was_answered_before_the_intent_was_stored_owes_its_verdict() -> None:
+    # It was told the epoch before this one, and may have computed under it since.
+    flush = Flush(0)
+    flush.say(events.RankRegistered(record_of(1), is_new=True))
+    flush.say(events.RankRegistered(record_of(1), is_new=False))
+    flush.stored()
+    assert flush.machine.run.waiting_for == ["incarnation-0", "incarnation-1"]
+
+
 def test_who_registered_before_and_again_still_owes_its_verdict() -> None:
     flush = Flush(0, timeout_s=5)
     flush.stored()
