@@ -109,7 +109,7 @@ def _note_requests(outcome: Outcome, before: Totals, after: Totals) -> None:
 
 
 def measure(url: str, num_ranks: int, num_flushes: int, every_s: float, modes: list[FlushMode]) -> None:
-    outcomes = {mode: Outcome() for mode in modes}
+    outcomes: dict[FlushMode, Outcome] = {mode: Outcome() for mode in modes}
     num_windows = max(1, num_flushes // FLUSHES_A_WINDOW)
     with (
         httpx.Client(base_url=url, timeout=60) as client,
