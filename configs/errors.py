@@ -10,11 +10,13 @@
     │   ├── Unauthorized        401, no key
     │   ├── Forbidden           403, a key without the right
     │   ├── PayloadTooLarge     413
+    │   ├── WeightsRejected     new weights that do not fit; `fault` says how, nothing was changed
     │   └── NotOffered          501, a thing Tidegate says it does not do
     ├── ServiceError            our side: 500, or the class's own status
     │   ├── Overloaded          429, come back after `retry_after_s`
     │   ├── NoRank              503, no rank can take the request now
     │   ├── RankLost            503, the rank that served the request is gone
+    │   ├── WeightsTorn         503, a load in place has failed half way: the rank serves nothing
     │   └── ControlUnavailable  503, the controller does not answer
     └── ConfigError             a setting that cannot work; message says the way out
 
@@ -26,7 +28,7 @@ which is no `TidegateError`: nobody may catch it by accident.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 
 class TidegateError(Exception):
@@ -41,6 +43,10 @@ class TidegateError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
+
+    def __str__(self) -> str:
+        """The sentence alone, also of classes with further arguments."""
+        return self.message
 
 
 class RequestError(TidegateError):
@@ -98,6 +104,26 @@ class PayloadTooLarge(RequestError):
     kind = "request_too_large"
 
 
+#: what is wrong with new weights; `payload`: their container (directory, file, bucket), not a tensor
+WeightFault = Literal[
+    "payload", "unknown_name", "duplicate_name", "missing_name", "shape", "dtype", "fused", "tied", "not_finite",
+]  # fmt: skip
+
+
+class WeightsRejected(RequestError):
+    """New weights do not fit the model that is served, which is as it was."""
+
+    kind = "weights_rejected_error"
+
+    def __init__(self, message: str, fault: WeightFault, names: tuple[str, ...] = ()) -> None:
+        Exception.__init__(self, message, fault, names)
+        self.message = message
+        self.param = None
+        self.fault: WeightFault = fault
+        #: the weights concerned, at most a few
+        self.names = names
+
+
 class NotOffered(RequestError):
     http_status = 501
     grpc_status = "UNIMPLEMENTED"
@@ -132,6 +158,14 @@ class RankLost(ServiceError):
     grpc_status = "UNAVAILABLE"
     kind = "rank_lost_error"
     retryable = True
+
+
+class WeightsTorn(ServiceError):
+    """Some weights are new and some old. A complete update heals it; until then nothing is served."""
+
+    http_status = 503
+    grpc_status = "UNAVAILABLE"
+    kind = "weights_torn_error"
 
 
 class ControlUnavailable(ServiceError):
