@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -19,6 +20,10 @@ _GRACE_S = 15.0
 
 class Unreachable(ServiceError):
     """Nobody answers at that address, or something that is not Tidegate."""
+
+
+class NoAnswer(Unreachable):
+    """The call was sent, and its answer did not come: it may have been carried out."""
 
 
 class Client:
@@ -59,8 +64,21 @@ class Client:
         given = {name: value for name, value in body.items() if value is not None}
         return self._call("POST", "/v1/cache/flush", json=given, timeout=timeout_s + _GRACE_S)
 
+    def read(self, flush_id: str) -> dict[str, Any]:
+        """The answer of an earlier flush, with verdicts that came later; `status: pending` while it runs."""
+        return self._call("GET", f"/v1/cache/flush/{quote(flush_id, safe='')}")
+
+    def cancel(self, flush_id: str) -> dict[str, Any]:
+        """End a flush that has not begun; see ControllerActor.cancel_flush."""
+        return self._call("DELETE", f"/v1/cache/flush/{quote(flush_id, safe='')}")
+
+    def audit(self, limit: int = 100, flush_id: str | None = None) -> dict[str, Any]:
+        """The newest flushes and control calls, newest first; see ControllerActor.audit."""
+        params = {"limit": str(limit)} | ({} if flush_id is None else {"flush_id": flush_id})
+        return self._call("GET", "/v1/cache/audit", params=params)
+
     def cache(self) -> dict[str, Any]:
-        """Epoch, floor, pending flush, and a row per rank."""
+        """Epoch, floor, pending flush, how full the tiers are, and a row per rank and node."""
         return self._call("GET", "/v1/cache")
 
     def status(self) -> dict[str, Any]:
@@ -86,10 +104,12 @@ class Client:
     def _call(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         try:
             response = self._http.request(method, path, **options)
-        except httpx.TimeoutException:
-            raise Unreachable(f"{self._url} did not answer in time") from None
-        except httpx.TransportError as error:
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol) as error:
             raise Unreachable(f"{self._url} cannot be reached: {error}") from None
+        except httpx.TimeoutException:
+            raise NoAnswer(f"{self._url} did not answer in time") from None
+        except httpx.TransportError as error:
+            raise NoAnswer(f"{self._url} broke the connection: {error}") from None
         try:
             answer = response.json()
         except ValueError:

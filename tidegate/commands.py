@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -18,8 +17,11 @@ from rich.console import Console
 
 from configs.errors import ConfigError, TidegateError
 from configs.load import load_settings
+from configs.schema import Settings
 from tidegate import tables
-from tidegate.client import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, Client, Unreachable
+from tidegate.cache_commands import audit, cache, flush
+from tidegate.client import ADMIN_KEY_VARIABLE, Client, Unreachable
+from tidegate.options import DEFAULT_URL, ApiKey, AsJson, Url, show
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Serve language models on Ray."
@@ -35,23 +37,6 @@ class Device(StrEnum):
 class DemoSize(StrEnum):
     tiny = "tiny"
     small = "small"
-
-
-class Mode(StrEnum):
-    wait = "wait"
-    drain = "drain"
-    retract = "retract"
-    abort = "abort"
-    fence = "fence"
-
-
-Url = Annotated[str, typer.Option(envvar="TIDEGATE_URL", help="Where the server listens.")]
-AdminKey = Annotated[
-    str | None, typer.Option(envvar=ADMIN_KEY_VARIABLE, help="Key of admin routes, if the server has one.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the server's JSON instead of a table.")]
-_DEFAULT_URL = "http://127.0.0.1:8000"
-_PIPE_WIDTH = 300
 
 
 def run() -> NoReturn:
@@ -82,7 +67,7 @@ def serve(
     grpc_port: Annotated[int | None, typer.Option(help="Port of the gRPC door, on 127.0.0.1.")] = None,
     dashboard_port: Annotated[int | None, typer.Option(help="Port of the Ray dashboard, or the next free one.")] = None,
     served_name: Annotated[str | None, typer.Option(help="The model's name in the routes.")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar=API_KEY_VARIABLE, help="Key of inference routes.")] = None,
+    api_key: ApiKey = None,
     admin_key: Annotated[str | None, typer.Option(envvar=ADMIN_KEY_VARIABLE, help="Key of admin routes.")] = None,
     state_dir: Annotated[Path | None, typer.Option(help="Sockets, log, demo model, local Ray.")] = None,
     host_tier_gb: Annotated[
@@ -115,11 +100,20 @@ def serve(
         "state_dir": state_dir,
         "host_tier.size_gb": host_tier_gb,
     }
-    if model is None and config is None:
+    _serve(_settings(config, given, setting or []))
+
+
+def _settings(config: Path | None, given: dict[str, Any], pairs: list[str]) -> Settings:
+    """The settings of a server: the file's, over them the options that were given, over these `--set`."""
+    overrides = {name: value for name, value in given.items() if value is not None}
+    if config is None and "model.path" not in overrides:
         # the demo shows what one rank cannot: verdicts of several
-        given["dp"] = dp or 2
-    overrides = {name: value for name, value in given.items() if value is not None} | _named_values(setting or [])
-    settings = load_settings(config, overrides)
+        overrides.setdefault("dp", 2)
+    return load_settings(config, overrides | _named_values(pairs))
+
+
+def _serve(settings: Settings) -> NoReturn:
+    """Start a server, wait for its end, and end everything it has started."""
     # Ray and Serve take a second to import, which no other command needs
     from deployments.app import bind
     from tidegate.local import LocalServer
@@ -149,50 +143,20 @@ def demo_model(
     Console().print(f"{size.value} demo model: {directory}", soft_wrap=True, highlight=False, markup=False)
 
 
-@app.command()
-def flush(
-    url: Url = _DEFAULT_URL,
-    admin_key: AdminKey = None,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for an idle moment; 0: now or refuse.")] = 0.0,
-    mode: Annotated[Mode, typer.Option(help="What becomes of running requests.")] = Mode.wait,
-    tier: Annotated[list[str] | None, typer.Option(help="Only this tier; may be repeated.")] = None,
-    namespace: Annotated[str | None, typer.Option(help="Only this namespace.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="Only this adapter.")] = None,
-    prefix: Annotated[str | None, typer.Option(help="Only what begins with this text (its first page).")] = None,
-    older_than: Annotated[float | None, typer.Option(help="Only what is older than so many seconds.")] = None,
-    flush_id: Annotated[str | None, typer.Option(help="A repeat with the same id joins or re-reads the first.")] = None,
-    dry_run: Annotated[bool, typer.Option(help="Say what would go, and flush nothing.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Flush the cache of every rank. Exit status 0 only if every rank and tier did."""
-    scope = {"namespace": namespace, "adapter": adapter, "prefix_text": prefix, "older_than_s": older_than}
-    answer = Client(url, admin_key).flush(
-        timeout_s=timeout,
-        mode=mode.value,
-        tiers=tier,
-        scope={name: value for name, value in scope.items() if value is not None} or None,
-        flush_id=flush_id,
-        dry_run=dry_run,
-    )
-    _show(answer, tables.flush(answer), as_json)
-
-
-@app.command()
-def cache(url: Url = _DEFAULT_URL, admin_key: AdminKey = None, as_json: AsJson = False) -> None:
-    """Epoch, floor, pending flush, and the pages of every rank."""
-    answer = Client(url, admin_key).cache()
-    _show(answer, tables.cache(answer), as_json)
+app.command()(flush)
+app.command()(cache)
+app.command()(audit)
 
 
 @app.command()
 def status(
-    url: Url = _DEFAULT_URL,
-    api_key: Annotated[str | None, typer.Option(envvar=API_KEY_VARIABLE, help="Key of inference routes.")] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
     """What is served, and what every rank has to do. Exit status 0 only if every rank answers."""
     answer = Client(url, api_key).status()
-    _show(answer, tables.status(answer), as_json)
+    show(answer, tables.status(answer), as_json)
 
 
 @app.command()
@@ -219,18 +183,7 @@ def doctor(
     overrides = {name: value for name, value in given.items() if value is not None} | _named_values(setting or [])
     settings = load_settings(config, overrides)
     told = answer(examine(settings, read_facts(settings, os.environ)))
-    _show(told, tables.doctor(told), as_json)
-
-
-def _show(answer: Mapping[str, Any], table: tables.Shown, as_json: bool) -> None:
-    console = Console()
-    if as_json:
-        print(tables.one_line(answer))
-    else:
-        # a pipe has no width; what reads it wants a row per line
-        console.print(table, highlight=False, width=None if console.is_terminal else _PIPE_WIDTH)
-    if answer.get("success") is not True:
-        raise typer.Exit(1)
+    show(told, tables.doctor(told), as_json)
 
 
 def _named_values(pairs: list[str]) -> dict[str, Any]:

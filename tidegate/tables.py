@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from rich.console import Group
@@ -13,7 +14,18 @@ from rich.text import Text
 Shown: TypeAlias = Group
 
 #: columns of free text; a cut id is no id, so all others stay whole
-_FOLDED = ("state", "verdict", "in the way", "found", "what to do")
+_FOLDED = (
+    "state",
+    "verdict",
+    "in the way",
+    "found",
+    "what to do",
+    "lease",
+    "caller",
+    "asked for",
+    "outcome",
+    "verdicts",
+)
 
 
 def one_line(answer: Mapping[str, Any]) -> str:
@@ -22,34 +34,56 @@ def one_line(answer: Mapping[str, Any]) -> str:
 
 
 def flush(answer: Mapping[str, Any]) -> Shown:
-    """A flush's verdict: one line for the whole, one row per rank and host tier."""
+    """A flush's verdict: one line for the whole, one row per rank and host tier; verdicts that came late after them."""
     table = _table("rank", "incarnation", "verdict", "waited", "freed pages", "freed", "in the way")
     for row in answer.get("ranks") or ():
-        table.add_row(
-            str(row.get("rank")), str(row.get("incarnation")), _verdict(row), f"{row.get('waited_ms', 0.0):.1f} ms",
-            str(row.get("freed_pages", 0)), _size(row.get("freed_bytes", 0)), _blockers(row.get("blockers") or {}),
-        )  # fmt: skip
+        table.add_row(*_rank_verdict(row, str(row.get("rank"))))
     for row in answer.get("host_tiers") or ():
         table.add_row("host", str(row.get("node"))[:12], _verdict(row), "", "", "", "")
-    facts = ("mode", "epoch", "took_ms", "flush_id", "dry_run")
+    for row in answer.get("late") or ():
+        table.add_row(*_rank_verdict(row, f"{row.get('rank')}, late"))
+    facts = ("mode", "epoch", "took_ms", "flush_id", "dry_run", "replayed", "superseded_by")
     return Group(_headline(answer, facts), *_if_rows(table))
 
 
+def cancelled(answer: Mapping[str, Any]) -> Shown:
+    """What became of the cancelling, and of the flush."""
+    ended = answer.get("flush")
+    return Group(_headline(answer, ()), *([flush(ended)] if ended else []))
+
+
 def cache(answer: Mapping[str, Any]) -> Shown:
-    """Pages of every rank."""
-    table = _table("rank", "incarnation", "state", "epoch", "pages", "free", "cached", "in use", "fenced")
+    """How full each tier is, the pages of every rank, and the lease of every node."""
+    tiers = _table("tier", "pages", "free", "cached", "in use", "fenced", "used", "a flush frees")
+    for row in answer.get("occupancy") or ():
+        share = f"{100 * row.get('used', 0.0):.0f} %"
+        tiers.add_row(str(row.get("tier")), *_pages(row), share, _size(row.get("cached_bytes", 0)))
+    ranks = _table("rank", "incarnation", "state", "epoch", "pages", "free", "cached", "in use", "fenced")
     for row in answer.get("ranks") or ():
-        in_use = row.get("num_pinned_pages", 0) + row.get("num_private_pages", 0)
-        table.add_row(
-            str(row.get("rank")), str(row.get("incarnation")), _verdict(row), str(row.get("epoch", "")),
-            str(row.get("num_pages", "")), str(row.get("num_free_pages", "")), str(row.get("num_cached_pages", "")),
-            str(in_use), str(row.get("num_fenced_pages", "")),
-        )  # fmt: skip
+        known = (str(row.get("rank")), str(row.get("incarnation")), _verdict(row), str(row.get("epoch", "")))
+        ranks.add_row(*known, *_pages(row))
+    nodes = _table("node", "floor", "lease", "heard")
+    for row in answer.get("nodes") or ():
+        lease = "yes" if row.get("has_lease") else f"no: {row.get('message') or 'over'}"
+        heard = "never" if row.get("silent_s") is None else f"{row['silent_s']:.1f} s ago"
+        nodes.add_row(str(row.get("node")), str(row.get("floor")), lease, heard)
     lines = [_headline(answer, ("epoch", "floor", "lineage", "controller_restarts"))]
     pending = answer.get("pending_flush")
     if pending:
         lines.append(Text(f"a flush is pending: {one_line(pending)}"))
-    return Group(*lines, *_if_rows(table))
+    return Group(*lines, *_if_rows(tiers), *_if_rows(ranks), *_if_rows(nodes))
+
+
+def audit(answer: Mapping[str, Any]) -> Shown:
+    """Flushes and control calls, the newest first."""
+    table = _table("at", "caller", "call", "asked for", "outcome", "took", "flush id", "verdicts")
+    for entry in answer.get("entries") or ():
+        took = f"{entry['took_ms']:.1f} ms" if "took_ms" in entry else ""
+        table.add_row(
+            str(entry.get("at", ""))[:19], str(entry.get("caller", "")), str(entry.get("call")), _asked(entry),
+            _verdict(entry), took, str(entry.get("flush_id", "")), _tally(entry.get("ranks") or ()),
+        )  # fmt: skip
+    return Group(_headline(answer, ()), *_if_rows(table))
 
 
 def status(answer: Mapping[str, Any]) -> Shown:
@@ -83,6 +117,40 @@ def _headline(answer: Mapping[str, Any], facts: tuple[str, ...]) -> Text:
     known = [name for name in facts if answer.get(name) is not None and answer[name] is not False]
     rest = ", ".join(f"{name} {answer[name]}" for name in known)
     return Text.assemble((words, "green" if is_good else "red"), f"  ({rest})" if rest else "")
+
+
+def _rank_verdict(row: Mapping[str, Any], rank: str) -> tuple[str, ...]:
+    return (
+        rank, str(row.get("incarnation")), _verdict(row), f"{row.get('waited_ms', 0.0):.1f} ms",
+        str(row.get("freed_pages", 0)), _size(row.get("freed_bytes", 0)), _blockers(row.get("blockers") or {}),
+    )  # fmt: skip
+
+
+def _pages(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Pages by state; empty for a rank that did not answer."""
+    if "num_pages" not in row:
+        return ("",) * 5
+    in_use = row["num_pinned_pages"] + row["num_private_pages"]
+    numbers = (row["num_pages"], row["num_free_pages"], row["num_cached_pages"], in_use, row["num_fenced_pages"])
+    return tuple(map(str, numbers))
+
+
+def _asked(entry: Mapping[str, Any]) -> str:
+    """The arguments of a call, without those that say nothing."""
+    if "arguments" in entry:
+        # as they came, quotes and all
+        return ", ".join(f"{name} {value}" for name, value in entry["arguments"].items() if name != "caller")
+    names = ("mode", "timeout_s", "tiers", "scope", "dry_run", "request_ids", "replayed")
+    return ", ".join(f"{name} {_plain(entry[name])}" for name in names if entry.get(name) not in (None, False, 0.0))
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _tally(rows: Sequence[Sequence[Any]]) -> str:
+    """Verdicts and how many ranks gave each."""
+    return ", ".join(f"{number} {verdict}" for verdict, number in Counter(row[2] for row in rows).items())
 
 
 def _verdict(row: Mapping[str, Any]) -> str:

@@ -10,10 +10,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import uvicorn
-
 from deployments.auth import Keys
-from tests.unit.deployments.api_server import Demo, Server, scenario, serving, until
+from tests.unit.deployments.api_server import Demo, Server, scenario, until
+from tests.unit.deployments.on_a_port import on_a_port, traffic
 
 TIDEGATE = str(Path(sys.executable).parent / "tidegate")
 
@@ -23,21 +22,6 @@ class Ran:
     status: int
     out: str
     err: str
-
-
-@asynccontextmanager
-async def on_a_port(demo: Demo, keys: Keys | None = None, num_ranks: int = 2) -> AsyncIterator[tuple[Server, str]]:
-    """The HTTP door on a port of its own, and its address."""
-    async with serving(demo, num_ranks=num_ranks, keys=keys) as server:
-        config = uvicorn.Config(server.app, port=0, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
-        door = uvicorn.Server(config)
-        listener = config.bind_socket()
-        running = asyncio.create_task(door.serve(sockets=[listener]))
-        try:
-            yield server, f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            door.should_exit = True
-            await running
 
 
 async def tidegate(*arguments: str, **env: str) -> Ran:
@@ -52,17 +36,16 @@ async def tidegate(*arguments: str, **env: str) -> Ran:
 
 
 @asynccontextmanager
-async def traffic(server: Server) -> AsyncIterator[None]:
-    """Requests that follow one another without an idle moment: a process takes longer to start than the tiny model
-    to write a page."""
-    body = {"text": "on and on", "sampling_params": {"max_new_tokens": 1000, "ignore_eos": True}}
+async def busy(server: Server) -> AsyncIterator[None]:
+    """Requests of which no two end at once: there is no idle moment for as long as the block lasts."""
 
-    async def client() -> None:
+    async def client(num_tokens: int) -> None:
         while True:
-            await server.post("/generate", body)
+            sampling = {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}
+            await server.post("/generate", {"text": "on and on", "sampling_params": sampling})
 
-    clients = [asyncio.create_task(client()) for _ in range(3)]
-    await until(lambda: not server.ranks[0].is_idle, "the rank runs")
+    clients = [asyncio.create_task(client(num_tokens)) for num_tokens in (701, 907, 1103)]
+    await until(lambda: server.ranks[0].engine.snapshot().num_running == len(clients), "they run")
     try:
         yield
     finally:
@@ -100,13 +83,72 @@ async def test_a_refused_flush_is_status_1_and_bad_arguments_are_2(demo: Demo) -
 
 
 @scenario
+async def test_a_flush_is_read_and_cancelled_by_its_id(demo: Demo) -> None:
+    async with on_a_port(demo, num_ranks=1) as (server, url):
+        async with busy(server):
+            waiting = asyncio.create_task(tidegate("flush", "--url", url, "--timeout", "20", "--id", "nightly"))
+            await until(lambda: server.ranks[0].engine.snapshot().pending_flush_id == "nightly", "it is pending")
+            pending = await tidegate("flush", "--url", url, "--read", "nightly")
+            shown = await tidegate("cache", "--url", url)
+            cancelled = await tidegate("flush", "--url", url, "--cancel", "nightly")
+            first = await waiting
+        assert (pending.status, "pending" in pending.out) == (1, True), "a flush that runs is no success yet"
+        assert "a flush is pending" in shown.out
+        assert cancelled.status == 0, cancelled.out + cancelled.err
+        assert (first.status, "cancelled" in first.out) == (1, True)
+        again = await tidegate("flush", "--url", url, "--cancel", "nightly")
+        unknown = await tidegate("flush", "--url", url, "--cancel", "weekly")
+        assert (again.status, "has ended" in again.out) == (1, True)
+        assert (unknown.status, "'weekly'" in unknown.err) == (1, True)
+        for more in (("--mode", "fence"), ("--read", "nightly"), ("--dry-run",)):
+            ran = await tidegate("flush", "--url", url, "--cancel", "nightly", *more)
+            assert (ran.status, more[0] in ran.err) == (2, True), more
+
+
+@scenario
+async def test_the_audit_log_is_a_table_of_all_calls(demo: Demo) -> None:
+    async with on_a_port(demo) as (_, url):
+        scope = ("--prefix", "The tide turns ", "--tiers", "device", "--mode", "fence")
+        assert (await tidegate("flush", "--url", url, "--id", "part", *scope)).status == 0
+        assert (await tidegate("flush", "--url", url, "--tiers", "device,disk")).status == 2
+        told = await tidegate("audit", "--url", url)
+        assert told.status == 0, told.err
+        refused, done = (line for line in told.out.splitlines() if "/v1/cache/flush" in line)
+        assert "disk" in refused
+        assert "invalid" in refused
+        assert "2 flushed" in done
+        assert "prefix" in done
+        assert "part" in done
+        one = json.loads((await tidegate("audit", "--url", url, "--id", "part", "--json")).out)
+        assert [entry["flush_id"] for entry in one["entries"]] == ["part"]
+        assert (await tidegate("audit", "--url", url, "--limit", "0")).status == 2
+
+
+@scenario
+async def test_a_flush_whose_answer_is_lost_says_how_to_ask_again(demo: Demo) -> None:
+    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as door:
+        url = f"http://127.0.0.1:{door.sockets[0].getsockname()[1]}"
+        lost = await tidegate("flush", "--url", url)
+        named = await tidegate("flush", "--url", url, "--id", "mine")
+    assert (lost.status, "tidegate flush --read cli-" in lost.err) == (3, True)
+    assert (named.status, "tidegate flush --read mine" in named.err) == (3, True)
+
+
+@scenario
 async def test_cache_and_status_show_every_rank(demo: Demo) -> None:
     async with on_a_port(demo) as (_, url):
         cache = await tidegate("cache", "--url", url)
         assert cache.status == 0, cache.err
         assert "incarnation-0" in cache.out
         assert "incarnation-1" in cache.out
-        assert "epoch 0" in cache.out
+        assert "epoch" in cache.out
+        (device,) = (line for line in cache.out.splitlines() if line.startswith("device "))
+        assert "512" in device, "the pages of both ranks"
+        (node,) = (line for line in cache.out.splitlines() if line.startswith("node-"))
+        assert "yes" in node
         status = await tidegate("status", "--url", url, "--json")
         told = json.loads(status.out)
         assert (status.status == 0) is told["success"]
