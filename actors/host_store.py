@@ -378,7 +378,7 @@ class HostStore:
 
     async def _settled(self) -> _Open | None:
         """The open arena; waits a moment for one that a restarted agent has not opened again yet."""
-        if self._open is None:
+        if self._open is None and self._why_closed():
             await asyncio.wait({self._start(self._until_opened(), "opened")}, timeout=_OPEN_WAIT_S)
         return self._open
 

@@ -36,8 +36,9 @@ KEYS = [bytes([number]) * 16 for number in range(1, 64)]
 class Node:
     """A store on real files, with processes and their ends as told."""
 
-    def __init__(self, directory: Path, settings: HostTierSettings = SETTINGS, name: str = "n") -> None:
+    def __init__(self, directory: Path, settings: HostTierSettings = SETTINGS, name: str = "n", nonce: int = 7) -> None:
         self.paths = FilePaths(directory, f"{name}-arena")
+        self.nonce = nonce
         self.processes = ToldProcesses()
         self.used: list[bool] = []
         self.file: OwnedFile | None = None
@@ -54,7 +55,7 @@ class Node:
     def _open(self, identity: FileIdentity, on_progress: Progress) -> OwnedFile:
         self.refuse()
         inherit(self.paths, identity, FENCE)
-        maker = FileMaker(identity, self.processes, HurriedClock(), FENCE, nonce=7, on_progress=on_progress)
+        maker = FileMaker(identity, self.processes, HurriedClock(), FENCE, nonce=self.nonce, on_progress=on_progress)
         self.file = maker.open(self.paths)
         return self.file
 
