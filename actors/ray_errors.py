@@ -45,15 +45,31 @@ async def outcome_of(call: Awaitable[T]) -> Answered[T] | CallFailed:
     """Wait for one remote call. Raises nothing but CancelledError."""
     try:
         return Answered(await call)
-    except ray.exceptions.ActorDiedError:
-        return CallFailed("died", "Ray reports that the actor has died")
-    except ray.exceptions.ActorUnavailableError:
-        return CallFailed("unavailable", "Ray cannot reach the actor")
-    except ray.exceptions.RayTaskError as error:
-        log.warning("a remote method has failed: %s", error)
-        return CallFailed("error", _one_line(error.cause))
     except ray.exceptions.RayError as error:
-        return CallFailed("unavailable", type(error).__name__)
+        return _failure(error)
+
+
+def outcome_now(call: Any, timeout_s: float) -> Answered[Any] | CallFailed:
+    """Block for one remote call (an object reference) at most `timeout_s`. For programs without an event loop."""
+    try:
+        return Answered(ray.get(call, timeout=timeout_s))
+    except ray.exceptions.GetTimeoutError:
+        return CallFailed("late", f"no answer within {timeout_s:g} s")
+    except ray.exceptions.RayError as error:
+        return _failure(error)
+
+
+def _failure(error: ray.exceptions.RayError) -> CallFailed:
+    match error:
+        case ray.exceptions.ActorDiedError():
+            return CallFailed("died", "Ray reports that the actor has died")
+        case ray.exceptions.ActorUnavailableError():
+            return CallFailed("unavailable", "Ray cannot reach the actor")
+        case ray.exceptions.RayTaskError():
+            log.warning("a remote method has failed: %s", error)
+            return CallFailed("error", _one_line(error.cause))
+        case _:
+            return CallFailed("unavailable", type(error).__name__)
 
 
 async def outcome_within(call: Awaitable[T], timeout_s: float) -> Answered[T] | CallFailed:

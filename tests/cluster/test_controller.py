@@ -24,9 +24,11 @@ from actors.detached import find_actor, get_or_create
 from actors.log_records import RankLeft
 from actors.log_stores import GcsStore
 from actors.messages import NAMESPACE, Membership, node_agent_name
+from configs.errors import ConfigError, InvalidField
 from configs.schema import ControlSettings, RaySettings, Settings
 from engine.flush import ALREADY_IN_PROGRESS
 from tests.cluster.fake_rank import FakeRank
+from tidegate import Client, FlushFailed, Unreachable
 
 pytestmark = pytest.mark.cluster
 
@@ -134,6 +136,31 @@ def test_flushes_rise_over_a_killed_controller(deployment: Deployment) -> None:
     second = deployment.flush(timeout_s=5)
     assert second["success"], second
     assert second["epoch"] > first["epoch"]
+
+
+def test_the_python_client_takes_the_controllers_handle(deployment: Deployment) -> None:
+    with Client(deployment.controller) as client:
+        flushed = client.flush(timeout_s=5, flush_id="typed")
+        assert [row.status for row in flushed.ranks] == ["flushed", "flushed"]
+        assert client.cache().epoch == flushed.epoch
+        with pytest.raises(InvalidField, match="mode"):
+            client.flush(mode="gently")
+        rank_pid = deployment.pid(deployment.ranks[0])
+        os.kill(rank_pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(FlushFailed) as failed:
+                client.flush(timeout_s=0.5)
+        finally:
+            os.kill(rank_pid, signal.SIGCONT)
+        assert [row.is_good for row in failed.value.result.ranks] == [False, True]
+    stranger: Any = ray.remote(FakeRank)
+    gone = stranger.options(num_cpus=0).remote(9, "gone")
+    with Client(gone) as client:
+        with pytest.raises(ConfigError, match="no controller"):
+            client.flush_status("typed")
+        ray.kill(gone)
+        with pytest.raises(Unreachable, match="the controller does not answer"):
+            client.cache()
 
 
 def test_bad_arguments_are_plain_answers(deployment: Deployment) -> None:
