@@ -128,6 +128,8 @@ class RaySettings(_Settings):
     cpu_rank_resource: str | None = None
     #: ranks also listen on tcp for Apis of other nodes, whom a key lets in; a server of one node needs no such port
     tcp: bool = True
+    #: a rank whose process does not answer at all is replaced after three times this; one that has died at once
+    health_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     dashboard_host: str = "127.0.0.1"
     dashboard_port: Annotated[int, Field(ge=0, le=65535)] = 8265
 

@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 
 #: health checks only catch hangs: a death is noticed by the watch, within milliseconds
 _HEALTH_PERIOD_S = 2.0
-_HEALTH_TIMEOUT_S = 10.0
 #: a step that takes longer hangs: the longest real ones (a full chunk on a slow CPU) take seconds
 _MAX_STEP_S = 120.0
 _LEAVE_TIMEOUT_S = 2.0
@@ -125,7 +124,7 @@ def rank_deployment(settings: Settings) -> Deployment:
         "placement_group_bundles": [_resources(settings)],
         "placement_group_strategy": "STRICT_PACK",
         "health_check_period_s": _HEALTH_PERIOD_S,
-        "health_check_timeout_s": _HEALTH_TIMEOUT_S,
+        "health_check_timeout_s": settings.ray.health_timeout_s,
         # It has no requests of its own to wait for.
         "graceful_shutdown_wait_loop_s": 0.1,
         "graceful_shutdown_timeout_s": _LEAVE_TIMEOUT_S + 1,
