@@ -123,9 +123,12 @@ class ControlLog:
     def check(self) -> None:
         """See that no other controller has written. Raises Superseded, OSError if the store fails."""
         begun_s = self._clock.now_s()
-        if self._store.read(self._next) is not None:
-            self._own(self._next)
-        self._see_past(self._next - 1, begun_s)
+        index = self._next
+        # An own record here is of an append that was reported as failed; the next append takes it in.
+        while self._store.read(index) is not None:
+            self._own(index)
+            index += 1
+        self._see_past(index - 1, begun_s)
 
     def remove_below(self, index: int) -> None:
         """Remove the records before `index`, oldest first, so that at every instant the rest is without a gap.

@@ -193,6 +193,19 @@ def test_after_an_uncertain_write_the_next_one_goes_behind_it() -> None:
     assert [intent.request.flush_id for intent in state.open_flushes.values()] == ["uncertain", "next"]
 
 
+def test_a_check_sees_what_another_wrote_behind_an_uncertain_write() -> None:
+    store = Uncertain()
+    old, _ = take_over(store)
+    store.fails = True
+    with pytest.raises(OSError, match="no answer"):
+        old.append(make_intent())
+    old.check()
+    _, state = take_over(store)
+    with pytest.raises(Superseded) as caught:
+        old.check()
+    assert caught.value.index == state.term == 3
+
+
 def test_damage_is_named(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path, is_synced=False)
     take_over(store)
