@@ -106,7 +106,7 @@ class FlushDesk:
             case Refuse() as refused:
                 return self._refused(request, refused)
             case Join():
-                return self._replayed(request, await self._ending(request.flush_id))
+                return self._replayed(request, await self._joined(request, received_s))
             case Begin(superseding):
                 return await asyncio.shield(self._begin(request, received_s, superseding))
 
@@ -251,10 +251,21 @@ class FlushDesk:
         flight = self._flights.get(flush_id)
         return flight is not None and flight.machine.can_give_way
 
-    async def _ending(self, flush_id: str) -> Answer:
-        """The answer of a flush that is under way."""
-        closing = self._closing.get(flush_id)
-        return await asyncio.shield(closing if closing is not None else self._flights[flush_id].answered)
+    async def _joined(self, request: FlushRequest, received_s: float) -> Answer:
+        """The answer of the flush that is under way. Closing one of an earlier controller may take longer than this
+        caller waits."""
+        closing = self._closing.get(request.flush_id)
+        ending = closing if closing is not None else self._flights[request.flush_id].answered
+        plan = FlushPlan.of(request, self._limits, received_s, self._slack_s)
+        await asyncio.wait({ending}, timeout=plan.answer_until_s - received_s)
+        return ending.result() if ending.done() else self._unknown_yet(request)
+
+    def _unknown_yet(self, request: FlushRequest) -> Answer:
+        message = "an earlier controller began this flush, and its ranks are being asked what became of it; ask again"
+        return flush_answer(
+            request, success=False, status="unavailable", message=message, http_status=503,
+            started_at=self._clock.wall_text(), untouched_tiers=self._untouched(request),
+        )  # fmt: skip
 
     def _replayed(self, request: FlushRequest, answer: Answer) -> Answer:
         self.count_ended()

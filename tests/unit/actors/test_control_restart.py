@@ -12,6 +12,7 @@ from actors.control_log import ControlLog
 from actors.log_records import FlushIntent, FlushOutcome, RankJoined
 from actors.log_stores import MemoryStore
 from configs.errors import ControlUnavailable
+from engine.flush import FlushVerdict
 from tests.unit.actors.fakes import FakeRank, make_request, rank_record
 from tests.unit.actors.planes import (
     Failing,
@@ -150,6 +151,32 @@ def test_an_interrupted_flush_is_closed_by_asking_the_ranks() -> None:
         async with control_plane(store, known=fleet) as plane:
             assert (await plane.flush_status("cut"))["success"]
             assert len(fleet[0].closed) == 1
+
+    run(scenario())
+
+
+def test_a_repeat_of_an_interrupted_flush_is_answered_by_its_own_deadline() -> None:
+    async def scenario() -> None:
+        store = MemoryStore()
+        fleet = ranks(1)
+        fleet[0].behave = never
+        async with control_plane(store) as plane:
+            await add(plane, *fleet)
+            flushing = asyncio.create_task(plane.flush(flush_id="cut"))
+            await fleet[0].has_command.wait()
+            flushing.cancel()
+        may_answer = asyncio.Event()
+
+        async def close(flush_id: str, index: int, term: int) -> FlushVerdict:
+            await may_answer.wait()
+            return FlushVerdict(flush_id, "flushed", epoch=index)
+
+        fleet[0].do_close_flush = close
+        async with control_plane(store, known=fleet) as plane:
+            answer = await plane.flush(flush_id="cut")
+            assert (answer["status"], answer["http_status"], answer["epoch"]) == ("unavailable", 503, 0)
+            may_answer.set()
+            assert (await plane.flush(flush_id="cut"))["success"]
 
     run(scenario())
 
