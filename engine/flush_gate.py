@@ -285,17 +285,19 @@ class FlushGate:
     def _known_answer(self, pending: PendingFlush, now_s: float, epoch: int) -> PendingFlush | FlushVerdict | None:
         """The answer that needs no look at the slot: a wrong sender, a repeat, a late or impossible command."""
         command = pending.command
-        if command.term < self._term:
-            # Not remembered: the flush may still be finished by the controller that took over.
-            reason = f"Term {command.term} is over; a controller of term {self._term} has taken over."
-            return pending.verdict("refused", now_s, epoch, reason)
-        self._term = command.term
+        is_over = command.term < self._term
+        self._term = max(self._term, command.term)
         repeat = self._repeat(command)
         if repeat is not None:
+            # Whoever asks: what is done is done, and what waits goes on waiting.
             told, answer = repeat
             reason = f"Flush id {command.flush_id} was used with other arguments."
             is_same = told is None or _same_flush(told, command)
             return answer if is_same else pending.verdict("refused", now_s, epoch, reason)
+        if is_over:
+            # Not remembered: the flush may still be finished by the controller that took over.
+            reason = f"Term {command.term} is over; a controller of term {self._term} has taken over."
+            return pending.verdict("refused", now_s, epoch, reason)
         if self._closed_because is not None:
             return pending.verdict("refused", now_s, epoch, self._closed_because)
         if not math.isfinite(command.budget_s) or command.budget_s < 0:

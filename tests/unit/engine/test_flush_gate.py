@@ -94,6 +94,15 @@ def test_the_same_id_of_another_intent_is_another_flush() -> None:
     assert (gate.verdict_of(("f", 0)), gate.verdict_of(("f", 9))) == (first, second)
 
 
+def test_a_repeat_from_a_lower_term_is_told_what_happened() -> None:
+    gate = FlushGate()
+    pending = take_in(gate)
+    gate.see_term(5)
+    assert gate.offer(pending.command, 10.1, BUSY) is pending
+    verdict = finish(gate, pending)
+    assert gate.offer(pending.command, 10.6, IDLE) == verdict
+
+
 def test_lower_terms_are_refused_but_the_flush_may_still_be_finished_by_the_new_controller() -> None:
     gate = FlushGate()
     gate.see_term(5)
