@@ -1,0 +1,177 @@
+"""Faults put into production code on purpose: each takes one rule of protocol.md away, and must be noticed.
+
+A mutation replaces one function or method. Those of the page's last paragraph are here but for three that concern the
+host tier (`host_mutations.py`); the others are the rows of its table of a simulation that came before the code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+from actors import control_log
+from actors.control_log import ControlLog
+from actors.flush_machine import FlushMachine
+from actors.flush_plan import FlushPlan
+from actors.lease_book import LeaseBook
+from actors.messages import RankRecord
+from actors.node_agent import NodeAgent
+from actors.rank_words import RankWords
+from cache.control_page import ControlPageWriter, FileIdentity
+from cache.device_cache import DeviceCache
+from cache.page_hold import PageHold
+from cache.types import TokenBytes
+from engine.control_words import ControlWords
+from engine.events import TurnStarted
+from engine.flush_gate import FlushGate
+from engine.loop import EngineLoop
+from tests.simulation.node import NodeFile
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """Which rule is taken away, and how."""
+
+    name: str
+    #: object, name of its attribute, what replaces it
+    replaced: tuple[tuple[Any, str, Any], ...]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        patches = [patch.object(*replaced) for replaced in self.replaced]
+        for one in patches:
+            one.start()
+        try:
+            yield
+        finally:
+            for one in patches:
+                one.stop()
+
+
+# ---------------------------------------------------------------------------------- the list at the end of protocol.md
+def _read_words_first(self: EngineLoop) -> bool:
+    """`EngineLoop.turn` with its two readings the other way round (hole H7)."""
+    words = self._read_words()
+    commands = self._drain()
+    commands += self._scheduler.handle(TurnStarted(words), self._clock())
+    batch = self._carry_out(commands)
+    if batch is not None:
+        self._run_step(batch)
+    return self._scheduler.has_work or bool(self._inbox)
+
+
+def _publish_under_the_current_epoch(
+    self: DeviceCache, hold: PageHold, tokens: TokenBytes, num_tokens: int, now_s: float
+) -> None:
+    """`DeviceCache.publish` without the taint: what a fenced hold has computed enters the tree of today."""
+    if hold.is_fenced and hold.span is None:
+        hold.is_fenced = False
+        self._num_fenced -= hold.num_private_pages
+        self._num_private += hold.num_private_pages
+    _publish(self, hold, tokens, num_tokens, now_s)
+
+
+_publish = DeviceCache.publish
+
+
+def _adopt_any_lineage(self: NodeFile, lineage: str) -> bool:
+    return True
+
+
+async def _keep_the_file(self: NodeAgent, lineage: str) -> None:
+    """`NodeAgent._begin_lineage` without retiring what was cached under another one."""
+    if self._file is None:
+        await _begin_lineage(self, lineage)
+    self._lineage = lineage
+
+
+_begin_lineage = NodeAgent._begin_lineage
+
+
+def _obey_any_term(self: ControlPageWriter, term: int, floor: int, weights_floor: int = 0) -> bool:
+    return _raise_floor(self, self.read().term, floor, weights_floor)
+
+
+_raise_floor = ControlPageWriter.raise_floor
+
+
+def _take_any_term(self: FlushGate, *args: Any, **options: Any) -> Any:
+    self._term = 0
+    return _offer(self, *args, **options)
+
+
+_offer = FlushGate.offer
+
+
+# ------------------------------------------------------------------------------------- the table of protocol.md
+def _lease_always(self: RankWords) -> ControlWords:
+    words = _read(self)
+    return ControlWords(True, words.floor, words.epoch)
+
+
+_read = RankWords.read
+
+
+def _count_from_the_start(self: LeaseBook, lease_s: float, longest_s: float, started_s: float) -> None:
+    _init_leases(self, lease_s, longest_s, started_s)
+    self._earlier_over_s = -math.inf
+
+
+_init_leases = LeaseBook.__init__
+
+
+def _silent_is_dead(self: FlushMachine, record: RankRecord, now_s: float) -> Any:
+    return "expired", "it does not answer"
+
+
+def _grant_without_check(self: LeaseBook, node_id: str, now_s: float) -> str | None:
+    self._checked_s = now_s
+    return _why_not(self, node_id, now_s)
+
+
+_why_not = LeaseBook.why_not
+
+
+def _write_over_others(self: ControlLog, index: int) -> Any:
+    """`ControlLog._own` without the look at who wrote the record: the next index is taken whoever has this one."""
+    data = self._store.read(index)
+    assert data is not None
+    return control_log.decode_entry(data)
+
+
+def _never_superseded(self: ControlLog) -> None:
+    self._see_past(self._next - 1, self._clock.now_s())
+
+
+def _mutation(name: str, *replaced: tuple[Any, str, Any]) -> Mutation:
+    return Mutation(name, replaced)
+
+
+MUTATIONS: dict[str, Callable[[], Mutation]] = {}
+ALL = (
+    _mutation("read words before draining", (EngineLoop, "turn", _read_words_first)),
+    _mutation("key by current epoch at insert", (DeviceCache, "publish", _publish_under_the_current_epoch)),
+    _mutation("floor first in wait", (FlushPlan, "raises_floor_first", property(lambda self: self.takes_epoch))),
+    _mutation(
+        "no lineage",
+        (NodeAgent, "_begin_lineage", _keep_the_file),
+        (FileIdentity, "difference", lambda self, page: None),
+    ),
+    _mutation(
+        "no term",
+        (ControlPageWriter, "raise_floor", _obey_any_term),
+        (FlushGate, "offer", _take_any_term),
+        (FlushGate, "see_term", lambda self, term: True),
+    ),
+    _mutation("lease ignored by ranks", (RankWords, "read", _lease_always)),
+    _mutation("a new controller does not wait two leases", (LeaseBook, "__init__", _count_from_the_start)),
+    _mutation("unreachable counted as dead", (FlushMachine, "_stand_in", _silent_is_dead)),
+    _mutation("grants without a check of the store", (LeaseBook, "why_not", _grant_without_check)),
+    _mutation(
+        "writes not fenced by the log", (ControlLog, "_own", _write_over_others), (ControlLog, "check", _never_superseded)
+    ),
+)
