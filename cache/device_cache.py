@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Final, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cache.chain_keys import node_keys
 from cache.copies import orphaned_copies
@@ -296,14 +297,13 @@ class DeviceCache:
         self.num_evicted_pages += num_pages
         return copy, keys[-num_pages * KEY_BYTES :]
 
-    def give_back(self, copy: PageHold, is_kept: list[bool]) -> None:
+    def give_back(self, copy: PageHold, is_kept: NDArray[np.bool_]) -> None:
         """A copy does not need some of its own pages: those where `is_kept` is False are free."""
         self._check_open(copy)
-        kept = np.array(is_kept, np.bool_)
         pages = copy.page_table
-        self.pool.give(pages[~kept].tobytes())
-        self._num_copying -= int((~kept).sum())
-        copy.replace_pages(pages[kept].data)
+        self.pool.give(pages[~is_kept].tobytes())
+        self._num_copying -= len(pages) - int(is_kept.sum())
+        copy.replace_pages(pages[is_kept].data)
 
     def open_backup(self, hold: PageHold, now_s: float) -> PageHold:
         """Pin the hold's shared pages for copies out of them; the copy's hold, to be closed when they have ended."""

@@ -1,125 +1,118 @@
-"""When a device page is copied to the host tier: three policies, each a function of one frozen view.
+"""When a device page is copied to the host tier.
 
 | policy | when | what of the chain |
 |---|---|---|
-| write_through | at the first insert | parents first, no gap |
-| write_through_selective | at the second hit | parents first, no gap |
-| write_back | when the device is about to evict | the evicted pages only, never their ancestors |
+| write_through | at the first insert, and at a hit what was left out then | parents first, no gap |
+| write_through_selective | at the second use, which is the first hit | parents first, no gap |
+| write_back | when the device is about to evict it | the evicted pages only, never their ancestors |
 
-They own nothing and wait for nothing. What they choose is started by the caller, who owns a page until its copy has
-landed; under write_back that is why they run ahead of need, at a watermark: an eviction that had to wait for its copy
+A policy owns nothing and waits for nothing: whoever asks starts the copies, which own their pages until they have
+landed. Under write_back that is why eviction runs ahead of need, at a watermark: one that had to wait for its copy
 would stall decoding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 from typing import Final, Literal
 
-from cache.types import PageId
+from cache.node_table import NodeId
+from cache.pages import PAGE_ID_BYTES
+from cache.prefix_index import PrefixIndex
 
 WritePolicy = Literal["write_through", "write_through_selective", "write_back"]
 
-#: landed: the tier has committed it.  moving: a copy is under way.  none: neither.
-Backing = Literal["none", "moving", "landed"]
-
-#: hits at which `write_through_selective` copies a page: one used once is never copied
-SELECTIVE_HITS: Final = 2
-
 
 @dataclass(frozen=True, slots=True)
-class CachedPage:
-    """A page of the device's prefix index, as a policy sees it."""
+class WriteMoments:
+    """The moments at which a policy looks for pages to copy."""
 
-    page_id: PageId
-    #: of the request's chain; None: the page begins a sequence
-    parent: PageId | None
-    #: requests that inserted or matched it
-    num_hits: int
-    backing: Backing
+    at_publish: bool = False
+    at_hit: bool = False
+    at_eviction: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class WriteView:
-    """What a policy may look at. All counts are pages."""
-
-    #: chains that were inserted or hit in this step; in each, parents first
-    chains: Sequence[Sequence[CachedPage]]
-    #: pages the device would evict next, coldest first; children before their parents
-    victims: Sequence[CachedPage]
-    #: device pages that nobody uses, and the watermark below which eviction runs ahead
-    num_free: int
-    low_watermark: int
-    #: copies that may be started now: what bytes in flight and leased slots still allow
-    num_startable: int
-
-
-@dataclass(frozen=True, slots=True)
-class WriteChoice:
-    """What to do now. Every page named is in the view."""
-
-    #: start these copies, in this order
-    writes: tuple[PageId, ...] = ()
-    #: give these up without a copy, because the host cannot take them in time; count them as `host_full`
-    drops: tuple[PageId, ...] = ()
-
-
-def write_through(view: WriteView) -> WriteChoice:
-    """Copy every page at its first insert."""
-    return _write_chains(view, num_hits=1)
-
-
-def write_through_selective(view: WriteView) -> WriteChoice:
-    """Copy a page once it was used twice."""
-    return _write_chains(view, num_hits=SELECTIVE_HITS)
-
-
-def write_back(view: WriteView) -> WriteChoice:
-    """Copy what the device is about to evict, until free pages and those it can evict at once reach the watermark.
-
-    A victim that is moving counts as one that can be evicted soon. When no copy can be started and not even a quarter
-    of the watermark is free, the rest is dropped: the next prefill must find room now.
-    """
-    num_ready = view.num_free + sum(page.backing != "none" for page in view.victims)
-    unbacked = [page.page_id for page in view.victims if page.backing == "none"]
-    wanted = unbacked[: max(0, view.low_watermark - num_ready)]
-    writes, rest = wanted[: view.num_startable], wanted[view.num_startable :]
-    is_short = view.num_free < view.low_watermark // 4
-    return WriteChoice(tuple(writes), tuple(rest) if is_short else ())
-
-
-WRITE_POLICIES: Final[Mapping[WritePolicy, Callable[[WriteView], WriteChoice]]] = {
-    "write_through": write_through,
-    "write_through_selective": write_through_selective,
-    "write_back": write_back,
+#: a page inserted once and hit once was used twice, so `selective` needs no count of uses
+WRITE_MOMENTS: Final[dict[WritePolicy, WriteMoments]] = {
+    "write_through": WriteMoments(at_publish=True, at_hit=True),
+    "write_through_selective": WriteMoments(at_hit=True),
+    "write_back": WriteMoments(at_eviction=True),
 }
 
 
-def _write_chains(view: WriteView, num_hits: int) -> WriteChoice:
-    """The un-backed pages of each chain up to the first that is not hot enough: no child goes before its parent."""
-    chosen: dict[PageId, None] = {}
-    for chain in view.chains:
-        for page in chain:
-            if page.num_hits < num_hits or len(chosen) == view.num_startable:
-                break
-            if page.backing == "none":
-                chosen[page.page_id] = None
-    return WriteChoice(tuple(chosen))
+@dataclass(frozen=True, slots=True)
+class Watermarks:
+    """How far ahead of need `write_back` evicts; in pages."""
+
+    low: int
+    high: int
+
+    @classmethod
+    def of_shares(cls, low: float, high: float, num_pages: int) -> Watermarks:
+        return cls(ceil(low * num_pages), ceil(high * num_pages))
+
+    def num_to_evict(self, num_free: int, num_leaving: int) -> int:
+        """Pages to evict now, when so many are free and so many will be once their copies have landed."""
+        num_ready = num_free + num_leaving
+        return self.high - num_ready if num_ready < self.low else 0
 
 
-def backing_violations(pages: Sequence[CachedPage], policy: WritePolicy) -> list[str]:
+def backed_stop(index: PrefixIndex, node: NodeId) -> int:
+    """Position in token bytes up to which the sequence that ends in `node` is in the host tier or on its way."""
+    table = index.table
+    above: int = node
+    while above >= 0 and not table.backed[above]:
+        above = table.parents[above]
+    return table.starts[above] + table.backed[above] * index.page_bytes if above >= 0 else 0
+
+
+def mark_backed(index: PrefixIndex, node: NodeId, stop: int) -> None:
+    """Copies of the whole sequence up to `stop`, which the node's path reaches, have been made or begun."""
+    table = index.table
+    above: int = node
+    while above >= 0:
+        if table.starts[above] >= stop:
+            above = table.parents[above]
+            continue
+        num_pages = min(len(table.pages[above]) // PAGE_ID_BYTES, (stop - table.starts[above]) // index.page_bytes)
+        if table.backed[above] >= num_pages:
+            return
+        table.backed[above] = num_pages
+        above = table.parents[above]
+
+
+def mark_lost(index: PrefixIndex, node: NodeId, position: int) -> None:
+    """The copy of the page at `position` failed: neither it nor what lies below it counts as backed. O(subtree)."""
+    table = index.table
+    top = node
+    while table.starts[top] > position:
+        top = NodeId(table.parents[top])
+    table.backed[top] = min(table.backed[top], (position - table.starts[top]) // index.page_bytes)
+    below = list(table.children[top].values())
+    for child in below:
+        table.backed[child] = 0
+        below.extend(table.children[child].values())
+
+
+def forget_backed(index: PrefixIndex) -> None:
+    """The host tier is another one: nothing is backed. O(nodes)."""
+    index.table.backed[:] = [0] * len(index.table.backed)
+
+
+def backing_violations(index: PrefixIndex, policy: WritePolicy) -> Iterator[str]:
     """Backed-up children under parents that are not, in words: an error where parents go first, normal elsewhere.
 
-    pages: of the whole index; a parent outside it was evicted and is not looked at.
+    O(nodes). A parent whose page the tier has given up since still counts as backed: ranks are not told.
     """
     if policy == "write_back":
-        return []
-    return list(_orphans({page.page_id: page for page in pages}))
-
-
-def _orphans(pages: Mapping[PageId, CachedPage]) -> Iterator[str]:
-    for page in pages.values():
-        parent = None if page.parent is None else pages.get(page.parent)
-        if parent is not None and page.backing != "none" and parent.backing == "none":
-            yield f"page {page.page_id} is backed up ({page.backing}), its parent {parent.page_id} is not"
+        return
+    table = index.table
+    for node, num_backed in enumerate(table.backed):
+        parent = table.parents[node]
+        num_pages = len(table.pages[node]) // PAGE_ID_BYTES
+        if num_backed > num_pages:
+            yield f"node {node} has {num_backed} pages backed up of {num_pages}"
+        elif num_backed and parent >= 0 and table.backed[parent] * PAGE_ID_BYTES < len(table.pages[parent]):
+            yield f"node {node} is backed up, its parent {parent} is not wholly"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from engine.batch import Batch
+from engine.copy_jobs import CopyJob
 from engine.flush import FlushVerdict
 from engine.flush_gate import PendingFlush
 from engine.request import Output
@@ -40,4 +41,11 @@ class CacheSuspect:
     violations: list[str]
 
 
-Command: TypeAlias = RunBatch | Emit | FlushEnded | CacheSuspect
+@dataclass(frozen=True, slots=True)
+class StartCopies:
+    """Begin these, in this order; answer each with `CopyEnded`."""
+
+    jobs: list[CopyJob]
+
+
+Command: TypeAlias = RunBatch | Emit | FlushEnded | CacheSuspect | StartCopies

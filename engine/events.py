@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from engine.batch import StepResult
 from engine.control_words import ControlWords
+from engine.copy_jobs import HostView
 from engine.flush_gate import PendingFlush
+from engine.host_calls import SubEpochs
 from engine.request import Request
 
 
@@ -58,4 +61,45 @@ class CheckDue:
     """It is time to look the cache over (`sanity_check`)."""
 
 
-Event: TypeAlias = RequestArrived | AbortRequested | FlushArrived | TurnStarted | StepFinished | StepFailed | CheckDue
+@dataclass(frozen=True, slots=True)
+class TierAttached:
+    """The host tier to use from now on; with no view there is none any more."""
+
+    view: HostView | None
+    lineage: str = ""
+    sub_epochs: SubEpochs = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CopyEnded:
+    """A copy to or from the host tier touches no device page any more."""
+
+    copy_id: int
+    #: leading pages that were copied and, when loaded, verified
+    num_pages: int
+    #: why not all of them
+    reason: str = ""
+    #: the copier's time
+    took_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PagesCommitted:
+    """What the tier made of pages written before."""
+
+    #: outcome -> pages
+    outcomes: Mapping[str, int]
+
+
+Event: TypeAlias = (
+    RequestArrived
+    | AbortRequested
+    | FlushArrived
+    | TurnStarted
+    | StepFinished
+    | StepFailed
+    | CheckDue
+    | TierAttached
+    | CopyEnded
+    | PagesCommitted
+)

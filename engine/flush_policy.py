@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, TypeAlias
 
 from engine.flush import STEP_MODES, Blockers, FlushCommand, FlushScope
-from engine.flush_gate import PendingFlush
+from engine.flush_gate import NOW_GRACE_S, PendingFlush
 from engine.sequence import Sequence
 
-#: tiers a rank holds itself; a flush that names none of them has nothing to do here
+#: tiers a rank holds itself; a flush that names none of them has nothing to do here, unless it has a scope: then the
+#: keys change under which the rank finds pages of the host tier
 RANK_TIERS = frozenset({"device"})
+#: how long before its deadline a flush goes past copies that are still under way
+COPY_GRACE_S = NOW_GRACE_S
 
 Choice: TypeAlias = Literal["over", "time_out", "refuse", "impossible", "wait", "execute"]
 
@@ -26,9 +30,16 @@ def choose(pending: PendingFlush, blockers: Blockers, now_s: float) -> Choice:
         return "time_out"
     if impossible(pending.command) is not None:
         return "impossible"
-    if pending.command.mode in STEP_MODES or pending.command.dry_run or is_idle(blockers):
+    if pending.command.mode in STEP_MODES or pending.command.dry_run:
         return "execute"
+    if is_idle(blockers):
+        return "wait" if blockers.copies_in_flight and now_s < copies_until_s(pending) else "execute"
     return "refuse" if pending.is_now_or_never else "wait"
+
+
+def copies_until_s(pending: PendingFlush) -> float:
+    """When a flush that waits for nothing but copies is done without them."""
+    return -math.inf if pending.is_now_or_never else pending.deadline_s - COPY_GRACE_S
 
 
 def is_idle(blockers: Blockers) -> bool:
@@ -38,7 +49,7 @@ def is_idle(blockers: Blockers) -> bool:
 
 def impossible(command: FlushCommand) -> str | None:
     """Why this rank cannot do what is asked, or None."""
-    if not RANK_TIERS & set(command.tiers):
+    if not RANK_TIERS & set(command.tiers) and (command.scope is None or "host" not in command.tiers):
         return f"This rank holds no tier of {', '.join(command.tiers) or 'an empty list'}; it holds device."
     if command.scope is not None and command.scope.adapter is not None:
         return f"No adapter {command.scope.adapter!r} is served here; this rank serves no adapters."

@@ -70,6 +70,9 @@ class TierAnswers(Protocol):
         ...
 
 
+#: scoped flushes to keep that were before: (scope, sub-epoch), a scope of None covers everything
+SubEpochs: TypeAlias = tuple[tuple[FlushScope | None, int], ...]
+
 #: makes the calls of one attachment, given where their answers go
 ConnectTier: TypeAlias = Callable[[TierAnswers], TierCalls]
 
@@ -84,8 +87,8 @@ class TierPlace:
     connect: ConnectTier
     #: of the controller's log; part of every key
     lineage: str
-    #: scoped flushes of before that are still to be kept: (scope, sub-epoch); a scope of None covers everything
-    sub_epochs: tuple[tuple[FlushScope | None, int], ...] = ()
+    #: as the controller told them when the rank registered
+    sub_epochs: SubEpochs = ()
 
 
 @dataclass(frozen=True, slots=True)

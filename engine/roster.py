@@ -10,6 +10,7 @@ from cache.device_cache import DeviceCache
 from cache.page_hold import PageHold
 from engine.admission import Admission
 from engine.flush import Blockers
+from engine.host_desk import HostDesk
 from engine.limits import SchedulerLimits, problem
 from engine.request import FinishReason, Output, Request
 from engine.sequence import Sequence
@@ -26,8 +27,17 @@ _by_age = attrgetter("order")
 class Roster:
     """Part of the scheduler, changed by it alone. A request ends exactly once, with an Output in `outputs`."""
 
-    def __init__(self, cache: DeviceCache, limits: SchedulerLimits, counters: Counters, story: Story) -> None:
+    def __init__(
+        self,
+        cache: DeviceCache,
+        limits: SchedulerLimits,
+        counters: Counters,
+        story: Story,
+        host: HostDesk | None = None,
+    ) -> None:
         self._cache = cache
+        #: None: this engine has no host tier
+        self._host = host
         self._limits = limits
         self._pool_tokens = cache.num_pages * cache.page_size
         self._eos_ids = frozenset(limits.eos_token_ids)
@@ -52,7 +62,8 @@ class Roster:
     def blockers(self) -> Blockers:
         """What is in the way of an idle instant. O(running)."""
         num_half = sum(sequence.num_remaining > 1 for sequence in self.running)
-        return Blockers(running=len(self.running) - num_half, half_prefilled=num_half)
+        num_copies = 0 if self._host is None else self._host.num_in_flight
+        return Blockers(len(self.running) - num_half, num_half, num_copies)
 
     def take_in(self, request: Request, now_s: float) -> None:
         """Queue it, or refuse what can never be served. A repeat of what is already here is dropped and counted."""
@@ -89,6 +100,9 @@ class Roster:
 
     def _admitted(self, sequence: Sequence, now_s: float) -> Sequence:
         self.waiting.remove(sequence)
+        if self._host is not None and self.lease_ok and sequence.hold is not None:
+            self._host.used(sequence.hold, now_s, is_hit=True)
+            self._host.begin_load(sequence, sequence.hold)
         insort(self.running, sequence, key=_by_age)
         counters = self._counters
         counters.num_admissions += 1
@@ -110,6 +124,8 @@ class Roster:
     def leave(self, sequence: Sequence, now_s: float, *, may_publish: bool) -> None:
         """Give up the admission; what was computed stays in the cache if it may."""
         num_computed = sequence.num_computed
+        if self._host is not None and sequence.load is not None:
+            self._host.abandon(sequence)
         hold = sequence.leave()
         if may_publish:
             self.publish(sequence, hold, num_computed, now_s)
@@ -122,6 +138,8 @@ class Roster:
         """Offer full pages to the cache, which refuses them itself if a flush has come between (taint)."""
         if self.lease_ok:
             self._cache.publish(hold, sequence.token_bytes(num_computed), num_computed, now_s)
+            if self._host is not None:
+                self._host.used(hold, now_s, is_hit=False)
 
     def finish(self, sequence: Sequence, finish: FinishReason, message: str, now_s: float) -> None:
         """Send an end without a token. The sequence owns no pages any more."""
@@ -149,8 +167,9 @@ class Roster:
             faults.append(f"{len(self.running)} run, {self._limits.max_rows} may")
         if not set(self.live.values()) <= {*waiting, *self.running}:
             faults.append("a live request neither waits nor runs")
-        if len(self._cache.holds) != len(self.running):
-            faults.append(f"{len(self._cache.holds)} holds are open for {len(self.running)} running requests")
+        num_holds = sum(not hold.is_copy for hold in self._cache.holds)
+        if num_holds != len(self.running):
+            faults.append(f"{num_holds} holds are open for {len(self.running)} running requests")
         faults += [
             f"{sequence.request_id} has KV of a token it does not have"
             for sequence in self.running

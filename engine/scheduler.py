@@ -10,6 +10,7 @@ oldest one never gives way to anybody, so it always ends, and after it the next.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal, TypeAlias
@@ -17,18 +18,23 @@ from typing import Literal, TypeAlias
 from cache.device_cache import DeviceCache
 from configs.errors import InvariantError
 from engine.batch import StepResult
-from engine.commands import CacheSuspect, Command, Emit, RunBatch
+from engine.commands import CacheSuspect, Command, Emit, RunBatch, StartCopies
 from engine.events import (
     AbortRequested,
     CheckDue,
+    CopyEnded,
     Event,
     FlushArrived,
+    PagesCommitted,
     RequestArrived,
     StepFailed,
     StepFinished,
+    TierAttached,
     TurnStarted,
 )
 from engine.flush_desk import FlushDesk
+from engine.host_calls import HostSettings
+from engine.host_desk import HostDesk
 from engine.limits import SchedulerLimits
 from engine.plan import Row, build_batch
 from engine.request import FinishReason
@@ -38,10 +44,12 @@ from engine.snapshot import Counters, EngineSnapshot
 from engine.story import Story, StoryLine
 
 State: TypeAlias = Literal["between_steps", "stepping"]
+#: events that come from outside, whatever the engine does
+_ANY_TIME = frozenset({RequestArrived, AbortRequested, FlushArrived, TierAttached, CopyEnded, PagesCommitted})
 #: the legal moves; what is not here raises and changes nothing
 LEGAL: dict[State, frozenset[type[Event]]] = {
-    "between_steps": frozenset({RequestArrived, AbortRequested, FlushArrived, TurnStarted, CheckDue}),
-    "stepping": frozenset({RequestArrived, AbortRequested, FlushArrived, StepFinished, StepFailed}),
+    "between_steps": _ANY_TIME | {TurnStarted, CheckDue},
+    "stepping": _ANY_TIME | {StepFinished, StepFailed},
 }
 #: nodes of old trees taken apart per turn; 0.6 us each (DeviceCache.reap), so well under 1 ms
 REAP_NODES = 1000
@@ -50,18 +58,22 @@ REAP_NODES = 1000
 class Scheduler:
     """One rank's requests and who of them computes what next. Only `handle` changes anything."""
 
-    def __init__(self, cache: DeviceCache, limits: SchedulerLimits) -> None:
+    def __init__(self, cache: DeviceCache, limits: SchedulerLimits, host: HostSettings | None = None) -> None:
+        """host: how to use a host tier once one is attached; None: there will be none."""
         self._cache = cache
+        self._host = None if host is None else HostDesk(cache, host)
         self._limits = limits
         self._story = Story()
         self._counters = Counters()
-        self._roster = Roster(cache, limits, self._counters, self._story)
-        self._desk = FlushDesk(cache, self._roster, self._story, limits.bytes_per_page)
+        self._roster = Roster(cache, limits, self._counters, self._story, self._host)
+        self._desk = FlushDesk(cache, self._roster, self._story, limits.bytes_per_page, self._host)
         #: rows of the batch that is out; empty between steps
         self._rows: list[Row] = []
         self._step = 0
         #: old trees are being taken apart
         self._has_litter = False
+        #: the last turn found nothing to compute before a copy has ended
+        self._is_waiting_for_copies = False
 
     def handle(self, event: Event, now_s: float) -> list[Command]:
         """Take an event in; what is to be done now, in order. An illegal event raises and changes nothing.
@@ -72,6 +84,9 @@ class Scheduler:
             raise self._broken(f"{type(event).__name__} came while {self.state}")
         commands = self._dispatch(event, now_s)
         outputs, self._roster.outputs = self._roster.outputs, []
+        if self._host is not None and self._host.jobs:
+            commands.append(StartCopies(self._host.jobs))
+            self._host.jobs = []
         return [Emit(outputs), *commands] if outputs else commands
 
     @property
@@ -82,7 +97,19 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether another turn would do something; without, the driver may sleep until the next event."""
         roster = self._roster
+        if self._is_waiting_for_copies:
+            return self._has_litter
         return bool(roster.running or roster.waiting or self._desk.pending is not None or self._has_litter)
+
+    @property
+    def num_copies_in_flight(self) -> int:
+        """Pages on their way from or to the host tier; the end of each of their copies is an event to come."""
+        return 0 if self._host is None else self._host.num_in_flight
+
+    @property
+    def wakes_at_s(self) -> float:
+        """When to take a turn although nothing has happened, on the clock of `now_s`; inf: never."""
+        return self._desk.waits_until_s if self._is_waiting_for_copies else math.inf
 
     @property
     def running(self) -> tuple[Sequence, ...]:
@@ -115,17 +142,22 @@ class Scheduler:
             num_pinned_pages=counts.pinned,
             num_private_pages=counts.private,
             num_fenced_pages=counts.fenced,
+            num_copying_pages=counts.copying,
             num_evicted_pages=cache.num_evicted_pages,
             lease_ok=self._roster.lease_ok,
             pending_flush_id=None if pending is None else pending.command.flush_id,
             counters=replace(self._counters),
+            host=None if self._host is None else self._host.counters.copy(),
         )
 
     def check(self) -> None:
         """Look everything over. Raises InvariantError with the story. O(pages); for tests and post-mortems."""
-        faults = self._cache.sanity_check() + self._roster.faults()
+        faults = self._cache.sanity_check() + self._roster.faults() + self._host_faults()
         if faults:
             raise self._broken("; ".join(faults))
+
+    def _host_faults(self) -> list[str]:
+        return [] if self._host is None else self._host.faults()
 
     def _broken(self, message: str) -> InvariantError:
         return InvariantError(message, self._story.latest())
@@ -147,7 +179,31 @@ class Scheduler:
                 self._fail_step(message, now_s)
             case CheckDue():
                 return self._check_cache(now_s)
+            case CopyEnded() | TierAttached() | PagesCommitted():
+                self._hear_of_host_tier(event, now_s)
         return []
+
+    def _hear_of_host_tier(self, event: CopyEnded | TierAttached | PagesCommitted, now_s: float) -> None:
+        host = self._host
+        if host is None:
+            raise self._broken(f"{type(event).__name__} came to an engine without a host tier")
+        match event:
+            case CopyEnded():
+                self._end_copy(host, event, now_s)
+            case TierAttached(view, lineage, sub_epochs):
+                host.attach(view, lineage, sub_epochs)
+                self._story.tell(now_s, "", "host tier attached" if view else "host tier lost")
+            case PagesCommitted(outcomes):
+                host.counters.commits.update(outcomes)
+
+    def _end_copy(self, host: HostDesk, event: CopyEnded, now_s: float) -> None:
+        roster = self._roster
+        sequence = host.ended(event.copy_id, event.num_pages, event.reason, event.took_s, lease_ok=roster.lease_ok)
+        if sequence is None or sequence.hold is None:
+            return
+        self._counters.num_cached_tokens += sequence.hold.num_loaded_tokens
+        self._story.tell(now_s, sequence.request_id, f"{sequence.hold.num_loaded_tokens} tokens loaded")
+        roster.publish(sequence, sequence.hold, sequence.num_computed, now_s)
 
     # ----------------------------------------------------------------------------------------------------- arrivals
     def _arrive(self, event: RequestArrived, now_s: float) -> None:
@@ -185,6 +241,10 @@ class Scheduler:
         if ended is not None:
             commands.append(ended)
         self._rows = self._plan(now_s)
+        if self._host is not None:
+            self._is_waiting_for_copies = not self._rows and self._host.num_in_flight > 0
+            if words.lease_ok:
+                self._host.run_ahead()
         if self._rows:
             self._step += 1
             commands.append(RunBatch(build_batch(self._step, self._rows, cache.page_size)))
@@ -197,20 +257,22 @@ class Scheduler:
         rows = self._decode_rows(now_s)
         budget = self._limits.max_step_tokens - len(rows)
         for sequence in self._roster.running:
-            if budget and sequence.num_remaining > 1:
+            if budget and sequence.num_remaining > 1 and sequence.load is None:
                 rows.append(Row(sequence, min(sequence.num_remaining, budget)))
                 budget -= rows[-1].num_new
         # Who was just retracted would take its pages back from those it made room for, unless nobody is left.
         is_short_of_pages = self._counters.num_retractions > num_retractions and self._roster.running
         if not is_short_of_pages and not self._desk.holds_admission:
             rows.extend(self._admitted_rows(budget, now_s))
-            if not rows and self._roster.waiting:
+            if not rows and self._roster.waiting and not self.num_copies_in_flight:
                 raise self._broken("nothing runs, and the first of the queue does not get its pages")
         return rows
 
     def _decode_rows(self, now_s: float) -> list[Row]:
         """One row per sequence that wants its next token, after the youngest gave way where pages are short."""
-        wanting = [sequence for sequence in self._roster.running if sequence.num_remaining == 1]
+        wanting = [
+            sequence for sequence in self._roster.running if sequence.num_remaining == 1 and sequence.load is None
+        ]
         return [Row(sequence, 1) for sequence in wanting if self._make_room(sequence, now_s)]
 
     def _make_room(self, sequence: Sequence, now_s: float) -> bool:
@@ -224,6 +286,8 @@ class Scheduler:
     def _admitted_rows(self, budget: int, now_s: float) -> Iterator[Row]:
         """Admit from the front of the queue while tokens, places and pages last."""
         while budget and (sequence := self._roster.try_admit_next(now_s)) is not None:
+            if sequence.load is not None:
+                continue
             row = Row(sequence, min(sequence.num_remaining, budget))
             budget -= row.num_new
             yield row
@@ -274,7 +338,7 @@ class Scheduler:
 
     def _check_cache(self, now_s: float) -> list[Command]:
         """A violation is never fatal: the cache begins anew, whoever ran computes again, in pages that are his own."""
-        violations = self._cache.sanity_check()
+        violations = self._cache.sanity_check() + self._host_faults()
         if not violations:
             return []
         self._counters.num_violations += len(violations)

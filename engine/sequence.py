@@ -22,12 +22,14 @@ class Sequence:
     __slots__ = (
         "_kv_epoch",
         "_num_cached",
+        "_num_loaded",
         "_tokens",
         "abort_reason",
         "arrived_s",
         "first_token_s",
         "hold",
         "last_token",
+        "load",
         "matched_stop",
         "max_tokens",
         "namespace",
@@ -60,6 +62,8 @@ class Sequence:
         self.max_tokens = min(max_total_tokens, self.num_tokens + params.max_new_tokens)
         #: pages and admission; None while it waits
         self.hold: PageHold | None = None
+        #: the copy from the host tier that it waits for: until that has ended nothing of it is computed
+        self.load: int | None = None
         #: set when it was to be aborted while a step with it was out; it ends with that step
         self.abort_reason: str | None = None
         self.num_retractions = 0
@@ -74,6 +78,8 @@ class Sequence:
         self.first_token_s: float | None = None
         #: prompt tokens found in the cache at the first admission; lowest epoch reused at any
         self._num_cached = 0
+        #: further prompt tokens loaded from the host tier at the first admission
+        self._num_loaded = 0
         self._kv_epoch: int | None = None
         #: int32 [max_tokens]; made at the first admission, so that a deep queue costs only its prompts
         self._tokens: NDArray[np.int32] | None = None
@@ -116,6 +122,16 @@ class Sequence:
         self.num_computed = hold.num_cached_tokens
         if hold.kv_epoch is not None:
             self._kv_epoch = hold.kv_epoch if self._kv_epoch is None else min(self._kv_epoch, hold.kv_epoch)
+
+    def take_loaded(self, num_tokens: int) -> None:
+        """The load it waited for has ended: the KV of `num_tokens` more tokens is in its pages."""
+        assert self.hold is not None, f"{self.request_id} holds no pages"
+        self.load = None
+        self.num_computed += num_tokens
+        if self.num_retractions == 0:
+            self._num_loaded = num_tokens
+        if num_tokens:
+            self._kv_epoch = self.hold.epoch if self._kv_epoch is None else min(self._kv_epoch, self.hold.epoch)
 
     def leave(self) -> PageHold:
         """The admission is over; its pages go back to the caller, the tokens stay."""
@@ -175,10 +191,10 @@ class Sequence:
     def stats(self) -> RequestStats:
         return RequestStats(
             num_prompt_tokens=self.request.num_prompt_tokens,
-            num_cached_tokens=self._num_cached,
+            num_cached_tokens=self._num_cached + self._num_loaded,
             kv_epoch=self._kv_epoch,
             num_retractions=self.num_retractions,
             queue_s=self.queue_s or 0.0,
             first_token_s=self.first_token_s or 0.0,
-            cached_by_tier={"device": self._num_cached},
+            cached_by_tier={"device": self._num_cached, "host": self._num_loaded},
         )

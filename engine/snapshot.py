@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from engine.copy_jobs import HostCounters
 from engine.flush import Blockers
 from engine.request import FinishReason
 
@@ -69,11 +70,14 @@ class EngineSnapshot:
     num_pinned_pages: int = 0
     num_private_pages: int = 0
     num_fenced_pages: int = 0
+    num_copying_pages: int = 0
     num_evicted_pages: int = 0
     lease_ok: bool = True
     #: the flush that waits for its instant, if one does
     pending_flush_id: str | None = None
     counters: Counters = field(default_factory=Counters)
+    #: None: this engine has no host tier
+    host: HostCounters | None = None
 
     @property
     def num_running(self) -> int:

@@ -1,84 +1,109 @@
-"""Which pages each policy copies, and what its sanity check allows."""
+"""When each policy copies, what is remembered of it in the index, and what its sanity check says."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import pytest
 
-from cache.types import PageId
+from cache import DEFAULT_NAMESPACE, DeviceCache, PageHold, TokenBytes
 from cache.write_policy import (
-    WRITE_POLICIES,
-    Backing,
-    CachedPage,
-    WriteView,
+    WRITE_MOMENTS,
+    Watermarks,
+    backed_stop,
     backing_violations,
-    write_back,
-    write_through,
-    write_through_selective,
+    forget_backed,
+    mark_backed,
+    mark_lost,
 )
+from tests.unit.cache.tokens import run_of, tokens_of
 
-EMPTY = WriteView(chains=(), victims=(), num_free=100, low_watermark=10, num_startable=100)
-
-
-def page(number: int, num_hits: int = 1, backing: Backing = "none", parent: int | None = None) -> CachedPage:
-    return CachedPage(PageId(number), None if parent is None else PageId(parent), num_hits, backing)
+PAGE = 16
 
 
-def chain(*pages: CachedPage) -> WriteView:
-    return replace(EMPTY, chains=[pages])
+def published(cache: DeviceCache, tokens: TokenBytes) -> PageHold:
+    """Open, fill and publish; the hold stays open."""
+    hold = cache.open(DEFAULT_NAMESPACE, tokens, len(tokens) // 4, now_s=0.0)
+    assert cache.try_extend(hold, len(tokens) // 4)
+    cache.publish(hold, tokens, len(tokens) // 4, now_s=0.0)
+    return hold
 
 
-def test_write_through_copies_at_the_first_insert_parents_first():
-    assert write_through(chain(page(3), page(1), page(2))).writes == (3, 1, 2)
+def violations(cache: DeviceCache) -> list[str]:
+    return list(backing_violations(cache.index, "write_through"))
 
 
-def test_what_is_backed_or_moving_is_not_copied_again():
-    view = chain(page(1, backing="landed"), page(2, backing="moving"), page(3))
-    assert write_through(view).writes == (3,)
+def test_each_policy_has_its_own_moments() -> None:
+    moments = {name: (m.at_publish, m.at_hit, m.at_eviction) for name, m in WRITE_MOMENTS.items()}
+    assert moments == {
+        "write_through": (True, True, False),
+        "write_through_selective": (False, True, False),
+        "write_back": (False, False, True),
+    }
 
 
-def test_selective_copies_at_the_second_hit_and_leaves_no_gap():
-    assert write_through_selective(chain(page(1, 2), page(2, 2), page(3, 1))).writes == (1, 2)
-    assert write_through_selective(chain(page(1, 1), page(2, 2))).writes == ()
+def test_watermarks_evict_up_to_the_high_one_and_count_what_is_leaving() -> None:
+    marks = Watermarks.of_shares(0.1, 0.25, 100)
+    assert marks == Watermarks(10, 25)
+    assert marks.num_to_evict(num_free=10, num_leaving=0) == 0
+    assert marks.num_to_evict(num_free=4, num_leaving=0) == 21
+    assert marks.num_to_evict(num_free=4, num_leaving=5) == 16
+    assert marks.num_to_evict(num_free=4, num_leaving=6) == 0
 
 
-def test_a_chain_is_cut_where_the_copies_that_may_start_end():
-    view = replace(EMPTY, chains=[[page(1), page(2)], [page(1), page(3)]], num_startable=2)
-    assert write_through(view).writes == (1, 2)
-    assert write_through(replace(view, num_startable=0)).writes == ()
-    assert write_through(replace(view, num_startable=9)).writes == (1, 2, 3)
+def test_a_whole_path_is_backed_up_to_a_position_and_a_split_keeps_it_so() -> None:
+    cache = DeviceCache(32, 4)
+    hold = published(cache, run_of(20))
+    assert backed_stop(cache.index, hold.node) == 0
+    mark_backed(cache.index, hold.node, 3 * PAGE)
+    assert backed_stop(cache.index, hold.node) == 3 * PAGE
+    other = published(cache, run_of(8) + tokens_of(90, 91, 92, 93))
+    assert backed_stop(cache.index, hold.node) == 3 * PAGE
+    assert backed_stop(cache.index, other.node) == 2 * PAGE
+    assert violations(cache) == []
+    mark_backed(cache.index, other.node, 3 * PAGE)
+    assert backed_stop(cache.index, other.node) == 3 * PAGE
 
 
-def test_write_back_copies_victims_only_and_only_below_the_watermark():
-    victims = [page(number, parent=number + 1) for number in range(5)]
-    view = replace(EMPTY, chains=[[page(50)]], victims=victims)
-    assert write_back(view).writes == ()
-    assert write_back(replace(view, num_free=8)).writes == (0, 1)
-    assert write_through(replace(view, chains=(), num_free=0)).writes == ()
+def test_a_stop_above_the_node_backs_only_what_lies_before_it() -> None:
+    cache = DeviceCache(32, 4)
+    first = published(cache, run_of(16))
+    other = published(cache, run_of(8) + tokens_of(*range(50, 58)))
+    mark_backed(cache.index, other.node, 1 * PAGE)
+    assert backed_stop(cache.index, other.node) == PAGE
+    assert backed_stop(cache.index, first.node) == PAGE
+    assert violations(cache) == []
 
 
-def test_write_back_counts_what_can_be_evicted_without_waiting():
-    victims = [page(0, backing="landed"), page(1, backing="moving"), page(2), page(3)]
-    choice = write_back(replace(EMPTY, victims=victims, num_free=7))
-    assert choice.writes == (2,)
+def test_a_lost_page_takes_what_lies_below_it_along() -> None:
+    cache = DeviceCache(32, 4)
+    first = published(cache, run_of(16))
+    other = published(cache, run_of(8) + tokens_of(*range(50, 58)))
+    for hold in (first, other):
+        mark_backed(cache.index, hold.node, 4 * PAGE)
+    mark_lost(cache.index, other.node, PAGE)
+    assert backed_stop(cache.index, first.node) == PAGE
+    assert backed_stop(cache.index, other.node) == PAGE
+    assert violations(cache) == []
 
 
-def test_write_back_drops_only_when_the_device_is_nearly_empty_and_the_host_is_full():
-    victims = [page(number) for number in range(5)]
-    short = replace(EMPTY, victims=victims, num_free=1, num_startable=2)
-    choice = write_back(short)
-    assert (choice.writes, choice.drops) == ((0, 1), (2, 3, 4))
-    assert write_back(replace(short, num_free=5)).drops == ()
+def test_a_backed_child_under_an_unbacked_parent_is_an_error_where_parents_go_first() -> None:
+    cache = DeviceCache(32, 4)
+    first = published(cache, run_of(16))
+    published(cache, run_of(8) + tokens_of(*range(50, 58)))
+    cache.index.table.backed[first.node] = 1
+    assert len(violations(cache)) == 1
+    assert list(backing_violations(cache.index, "write_back")) == []
+    forget_backed(cache.index)
+    assert violations(cache) == []
 
 
-def test_backed_children_of_unbacked_parents_are_normal_under_write_back_only():
-    pages = [page(1), page(2, backing="landed", parent=1), page(3, backing="moving", parent=99)]
-    assert backing_violations(pages, "write_back") == []
-    for policy in ("write_through", "write_through_selective"):
-        assert backing_violations(pages, policy) == ["page 2 is backed up (landed), its parent 1 is not"]
-    sound = [page(1, backing="moving"), page(2, backing="moving", parent=1)]
-    assert backing_violations(sound, "write_through") == []
-
-
-def test_every_policy_of_the_configuration_is_there():
-    assert list(WRITE_POLICIES) == ["write_through", "write_through_selective", "write_back"]
-    assert all(policy(EMPTY).writes == () for policy in WRITE_POLICIES.values())
+@pytest.mark.parametrize("num_pages", [1, 2])
+def test_eviction_takes_the_mark_of_what_it_trims(num_pages: int) -> None:
+    cache = DeviceCache(4, 4)
+    hold = published(cache, run_of(16))
+    mark_backed(cache.index, hold.node, 4 * PAGE)
+    node = hold.node
+    cache.close(hold)
+    taker = cache.open(DEFAULT_NAMESPACE, tokens_of(*range(70, 74)), 0, now_s=1.0)
+    assert cache.try_extend(taker, 4 * num_pages)
+    assert backed_stop(cache.index, node) == (4 - num_pages) * PAGE
+    assert violations(cache) == []
