@@ -71,7 +71,7 @@ class ControlPlane:
         events = LogEvents(self._log_checked, self._superseded, self._found_intent)
         self._log = LogKeeper(log_writer, around.clock, events)
         self._audit = AuditLog(audit_store, around.in_thread)
-        self._limits = FlushLimits(settings.max_timeout_s, settings.step_grace_s, tiers=("device",))
+        self._limits = FlushLimits(settings.max_timeout_s, settings.step_grace_s, tiers=around.tiers)
         self._leases: LeaseBook
         self._nodes: Nodes
         self._roster: Roster
@@ -202,8 +202,9 @@ class ControlPlane:
             return refusal(error)
         answers = await self._roster.ask_all(lambda _, handle: handle.status.remote(), within_s)
         rows = [rank_row(answer, self._roster) for answer in answers]
-        nodes = self._nodes.rows({self._around.node_id, *(answer.record.node_id for answer in answers)})
-        return all_answered(answers) | self._control_facts() | {"ranks": rows, "nodes": nodes}
+        node_ids = {self._around.node_id, *(answer.record.node_id for answer in answers)}
+        about = {"nodes": self._nodes.rows(node_ids), "host_tiers": self._nodes.host_rows(node_ids)}
+        return all_answered(answers) | self._control_facts() | {"ranks": rows} | about
 
     async def audit(self, limit: object, flush_id: object) -> dict[str, Any]:
         """See ControllerActor.audit."""

@@ -72,6 +72,7 @@ class ControllerActor:
             in_thread=asyncio.to_thread,
             end_process=_end_process,
             is_one_machine=settings.control.log == "directory",
+            tiers=("device", "host") if settings.host_tier.is_on else ("device",),
         )
         writer = LogThread(ControlLog(_log_store(settings, clock), clock))
         audit = _audit_store(settings)
@@ -164,7 +165,9 @@ class ControllerActor:
 
     async def status(self, timeout_s: Any = 1.0) -> dict[str, Any]:
         """Epoch, floor, pending flush, a row for each incarnation with what it says of itself, and one for each node:
-        {node, floor, has_lease, silent_s, message}."""
+        {node, floor, has_lease, silent_s, message}; under `host_tiers` one for each host tier: {node, status (none,
+        reserving, ready, failed), message, num_slots, page_bytes, file_bytes, reserved_bytes, free, leased, committed,
+        quarantined, valid, num_ranks}, as of its last renewal."""
         return await self._plane.status(timeout_s)
 
     async def audit(self, limit: Any = 100, flush_id: Any = None) -> dict[str, Any]:

@@ -35,6 +35,26 @@ class FloorSettled:
     """A node's agent has answered, or its call has failed."""
 
     node_id: str
+    #: pages of the node's host tier that the floor made void, and their bytes; None: not told
+    host_pages: int | None = None
+    host_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HostFlushed:
+    """A node's host tier has done what it was told."""
+
+    node_id: str
+    num_pages: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostFailed:
+    """A node's host tier did not do it, or nobody knows."""
+
+    node_id: str
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +120,8 @@ Event: TypeAlias = (
     | OutcomeStored
     | NotStored
     | FloorSettled
+    | HostFlushed
+    | HostFailed
     | NodeChanged
     | RankAnswered
     | RankFailed
@@ -134,6 +156,15 @@ class RaiseFloor:
 
     node_id: str
     floor: int
+
+
+@dataclass(frozen=True, slots=True)
+class TellHost:
+    """Have a node's host tier drop all its pages, or those older than an age; answer with HostFlushed or HostFailed."""
+
+    node_id: str
+    #: seconds; None: all pages
+    older_than_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,5 +224,15 @@ class KeepLate:
 
 
 Command: TypeAlias = (
-    StoreIntent | StoreOutcome | RaiseFloor | TellRank | CancelOnRank | Withhold | Release | Give | Amend | KeepLate
+    StoreIntent
+    | StoreOutcome
+    | RaiseFloor
+    | TellHost
+    | TellRank
+    | CancelOnRank
+    | Withhold
+    | Release
+    | Give
+    | Amend
+    | KeepLate
 )

@@ -21,6 +21,8 @@ from actors.flush_events import (
     Event,
     FloorSettled,
     Give,
+    HostFailed,
+    HostFlushed,
     IntentStored,
     KeepLate,
     NotStored,
@@ -32,6 +34,7 @@ from actors.flush_events import (
     Release,
     StoreIntent,
     StoreOutcome,
+    TellHost,
     TellRank,
     TimePassed,
     Withhold,
@@ -147,6 +150,8 @@ class FlushFlight:
                 self._store(outcome, lambda index: OutcomeStored())
             case RaiseFloor(node_id, floor):
                 self._leg(self._raise(node_id, floor))
+            case TellHost(node_id, older_than_s):
+                self._leg(self._drop_host(node_id, older_than_s))
             case CancelOnRank(incarnation, index):
                 self._leg(self._cancel(incarnation, index))
             case Withhold(node_ids):
@@ -200,8 +205,18 @@ class FlushFlight:
     async def _raise(self, node_id: str, floor: int) -> None:
         if self.answered.done():  # the ranks have swapped already, and a call costs 0.3 ms of this loop
             await pause(_BEHIND_ANSWER_S)
-        await self._tools.nodes.raise_floor(node_id, floor)
-        self.handle(FloorSettled(node_id))
+        answer = await self._tools.nodes.raise_floor(node_id, floor)
+        if answer is None:
+            self.handle(FloorSettled(node_id))
+        else:
+            self.handle(FloorSettled(node_id, answer.host_pages, answer.host_bytes))
+
+    async def _drop_host(self, node_id: str, older_than_s: float | None) -> None:
+        dropped = await self._tools.nodes.drop_host(node_id, older_than_s)
+        if dropped.failure:
+            self.handle(HostFailed(node_id, dropped.failure))
+        else:
+            self.handle(HostFlushed(node_id, dropped.freed_pages, dropped.freed_bytes))
 
     async def _cancel(self, incarnation: str, index: int) -> None:
         handle = self._tools.roster.handle(incarnation)

@@ -21,6 +21,8 @@ from actors.flush_events import (
     Event,
     FloorSettled,
     Give,
+    HostFailed,
+    HostFlushed,
     IntentStored,
     KeepLate,
     NodeChanged,
@@ -36,10 +38,12 @@ from actors.flush_events import (
     StoreOutcome,
     Superseded,
     SupersederEnded,
+    TellHost,
     TellRank,
     TimePassed,
     Withhold,
 )
+from actors.flush_hosts import HostNodes, HostRows
 from actors.flush_plan import FlushPlan
 from actors.flush_run import Answer, FlushRun, flush_answer
 from actors.log_records import FlushIntent, FlushOutcome
@@ -58,7 +62,7 @@ OWN_ANSWER_PER_RANK_S = 0.001
 CANCEL_S = 1.0
 
 
-class NodeView(Protocol):
+class NodeView(HostNodes, Protocol):
     """What the machine asks of the nodes; `NodeBook` answers."""
 
     def is_fenced(self, record: RankRecord, epoch: int) -> bool: ...
@@ -74,6 +78,8 @@ class FlushMachine:
         self.plan = plan
         self.run = run
         self._nodes = nodes
+        #: host tiers of the nodes
+        self._hosts = HostRows(plan, nodes)
         self._untouched = tuple(untouched_tiers)
         self.state: State = "storing"
         #: until then verdicts are waited for; known when ranks are told
@@ -134,8 +140,14 @@ class FlushMachine:
                 self.run.failed(incarnation, message, is_final)
             case RankGone(incarnation):
                 self.run.gone(incarnation)
-            case FloorSettled(node_id):
+            case FloorSettled(node_id, num_pages, num_bytes):
                 self._raising.discard(node_id)
+                if num_pages is not None:
+                    self._hosts.voided(node_id, num_pages, num_bytes)
+            case HostFlushed(node_id, num_pages, num_bytes):
+                self._hosts.answered(node_id, num_pages, num_bytes)
+            case HostFailed(node_id, message):
+                self._hosts.failed(node_id, message)
             case Superseded(by):
                 self.run.superseded_by = by
             case SupersederEnded():
@@ -157,7 +169,8 @@ class FlushMachine:
     @property
     def can_cancel(self) -> bool:
         """It has not begun to be irrevocable, and is not over."""
-        return self.state in ("storing", "running") and not self.plan.raises_floor_first
+        is_irrevocable = self.plan.raises_floor_first or (self.plan.tells_hosts and self._has_begun)
+        return self.state in ("storing", "running") and not is_irrevocable
 
     @property
     def can_give_way(self) -> bool:
@@ -208,12 +221,20 @@ class FlushMachine:
         for record in self._newcomers:
             if not run.has(record.incarnation):  # else it was answered before there was this epoch, and is told
                 run.joined(record)
-        if not plan.raises_floor_first:
-            return self._proceed(now_s)
-        run.is_floor_raised = True
-        self._raising = {record.node_id for record in run.records}
-        self._patience_until_s = now_s + min(FLOOR_PATIENCE_S, (plan.deadline_s - now_s) / 4)
-        return [RaiseFloor(node_id, index) for node_id in sorted(self._raising)] + self._proceed(now_s)
+        commands = self._begin_hosts(now_s)
+        if plan.raises_floor_first:
+            run.is_floor_raised = True
+            self._raising = {record.node_id for record in run.records}
+            self._patience_until_s = now_s + min(FLOOR_PATIENCE_S, (plan.deadline_s - now_s) / 4)
+            commands += [RaiseFloor(node_id, index) for node_id in sorted(self._raising)]
+        return commands + self._proceed(now_s)
+
+    def _begin_hosts(self, now_s: float) -> list[Command]:
+        """Tell the host tiers that must do something themselves."""
+        scope = self.plan.request.scope
+        age_s = None if scope is None else scope.older_than_s
+        nodes = self._hosts.begin({record.node_id for record in self.run.records}, now_s)
+        return [TellHost(node_id, age_s) for node_id in nodes]
 
     def _register(self, record: RankRecord, is_new: bool) -> None:
         run = self.run
@@ -238,6 +259,10 @@ class FlushMachine:
         return commands
 
     def _tell(self, now_s: float) -> list[Command]:
+        if not self.plan.tells_ranks:
+            for incarnation in self.run.waiting_for:
+                self.run.stand_in(incarnation, "flushed", "it reads no page that its node's host tier has dropped")
+            return []
         due = [record for record in self.run.open_records if self._may_tell(record, now_s)]
         if due:
             self._told.update(record.incarnation for record in due)
@@ -253,8 +278,10 @@ class FlushMachine:
         return record.node_id not in self._raising or now_s >= self._patience_until_s
 
     def _is_finished(self, now_s: float) -> bool:
-        if self.run.is_settled or now_s >= min(self._collect_until_s, self._cancel_until_s):
+        if now_s >= min(self._collect_until_s, self._cancel_until_s):
             return True
+        if self.run.is_settled:
+            return self._hosts.is_settled
         if self._has_superseder_ended:
             return True
         if now_s < self._courtesy_until_s or self.run.is_cancelled:
@@ -276,7 +303,7 @@ class FlushMachine:
         """Fix the answer and have it stored."""
         run, plan = self.run, self.plan
         self._speak_for_the_silent(now_s)
-        answer = self._answer = run.close(now_s, self._untouched)
+        answer = self._answer = run.close(now_s, self._untouched, hosts=self._hosts)
         if not plan.is_stored:
             return self._give(answer)
         self.state = "ending"

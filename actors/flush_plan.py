@@ -75,5 +75,17 @@ class FlushPlan:
         return not self.request.dry_run
 
     @property
+    def tells_ranks(self) -> bool:
+        """A flush of the host tier alone is no business of ranks: they read its drop number before they use a page."""
+        return "device" in self.request.tiers
+
+    @property
+    def tells_hosts(self) -> bool:
+        """The host tiers must do something themselves: drop all they have, or what is older than an age."""
+        request = self.request
+        is_aged = request.scope is not None and request.scope.older_than_s is not None
+        return "host" in request.tiers and not request.dry_run and (is_aged or not self.tells_ranks)
+
+    @property
     def takes_sub_epoch(self) -> bool:
         return self.request.scope is not None and self.is_stored

@@ -76,10 +76,14 @@ def parse_flush(arguments: Mapping[str, object], limits: FlushLimits, make_id: C
     if unknown:
         raise InvalidField(f"unknown argument {unknown[0]!r} of a flush", unknown[0])
     given = {name: value for name, value in arguments.items() if value is not None}
+    tiers = _tiers(given.get("tiers", limits.tiers), limits.tiers)
+    if "scope" in given and "device" not in tiers:
+        # it is kept by ranks, in the keys of what they look for in every tier
+        raise InvalidField("a scope covers the device tier in any case: leave tiers out, or name device too", "tiers")
     return FlushRequest(
         flush_id=_flush_id(given["flush_id"]) if "flush_id" in given else make_id(),
         mode=_mode(given.get("mode", "wait")),
-        tiers=_tiers(given.get("tiers", limits.tiers), limits.tiers),
+        tiers=tiers,
         timeout_s=seconds(given.get("timeout_s", 0.0), "timeout_s", limits.max_timeout_s),
         scope=_scope(given["scope"], limits.max_len) if "scope" in given else None,
         dry_run=flag(given.get("dry_run", False), "dry_run"),

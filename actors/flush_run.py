@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from actors.flush_hosts import HostRows
 from actors.flush_request import FlushRequest
 from actors.messages import RankRecord
 from engine.flush import GOOD_VERDICTS, FlushVerdict, Verdict
@@ -166,16 +167,23 @@ class FlushRun:
                 self._settle(row, self._verdict("refused", message))
         return self._plain_rows()
 
-    def close(self, now_s: float, untouched_tiers: Iterable[str], note: str = "") -> Answer:
+    def close(
+        self, now_s: float, untouched_tiers: Iterable[str], note: str = "", hosts: HostRows | None = None
+    ) -> Answer:
         """Fix the answer: who still owes a verdict is unreachable.
 
-        note: put before the message of an answer that is no success.
+        note: put before the message of an answer that is no success.  hosts: what the host tiers did; they are closed
+        with this.
         """
         for row in self._rows.values():
             if row.verdict is None:
                 self._settle(row, self._verdict("unreachable", row.failure or "no answer by the deadline"))
         self._is_closed = True
         status, message, http_status = self._summary()
+        if hosts is not None:
+            hosts.close(self.epoch, status == "flushed")
+            if status == "flushed" and hosts.complaint:
+                status, message, http_status = "unreachable", hosts.complaint, 503
         success = status == "flushed"
         return flush_answer(
             self.request,
@@ -191,6 +199,7 @@ class FlushRun:
             took_ms=(now_s - self.started_s) * 1000,
             ranks=self._plain_rows(),
             untouched_tiers=list(untouched_tiers),
+            host_tiers=None if hosts is None else hosts.plain(),
         )
 
     def _settle(self, row: _Row, verdict: FlushVerdict) -> None:
@@ -246,6 +255,7 @@ def flush_answer(
     took_ms: float = 0.0,
     ranks: list[dict[str, Any]] | None = None,
     untouched_tiers: list[str] | None = None,
+    host_tiers: list[dict[str, Any]] | None = None,
 ) -> Answer:
     """The plain answer of one flush: always the same keys, whatever became of it."""
     return {
@@ -265,7 +275,7 @@ def flush_answer(
         "started_at": started_at,
         "took_ms": round(took_ms, 3),
         "ranks": ranks or [],
-        "host_tiers": [],
+        "host_tiers": host_tiers or [],
         "untouched_tiers": untouched_tiers or [],
     }
 

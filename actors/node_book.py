@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from actors.lease_book import LeaseBook
-from actors.messages import NodeRenewal, PagePlace, RankRecord
+from actors.messages import HostReport, NodeRenewal, PagePlace, RankRecord
 from actors.node_clock import NodeClock
 
 
@@ -22,6 +22,8 @@ class _Node:
     heard_s: float = -math.inf
     #: why its last renewal got no lease; "" if it got one
     refusal: str = ""
+    #: its host tier as its agent last said; None: it has none
+    host: HostReport | None = None
 
 
 class NodeBook:
@@ -47,7 +49,7 @@ class NodeBook:
         is_same_file = node.page is not None and renewal.page is not None and node.page.nonce == renewal.page.nonce
         # a floor that was raised meanwhile may have been told before this renewal came
         node.floor = max(node.floor, renewal.floor) if is_same_file else renewal.floor
-        node.page = renewal.page
+        node.page, node.host = renewal.page, renewal.host
         refusal = self._why_not(renewal, now_s)
         node.refusal = refusal or ""
         if refusal is None:
@@ -69,6 +71,25 @@ class NodeBook:
 
     def lease_over_s(self, node_id: str) -> float:
         return self.leases.over_s(node_id)
+
+    def floor_on(self, node_id: str) -> int:
+        """The floor on a node's page, as last heard; the page may have a higher one."""
+        node = self._nodes.get(node_id)
+        return 0 if node is None else node.floor
+
+    def host(self, node_id: str) -> HostReport | None:
+        """The host tier of a node as last reported; None: it has none, or has not been heard of."""
+        node = self._nodes.get(node_id)
+        return None if node is None else node.host
+
+    def host_nodes(self, now_s: float) -> list[str]:
+        """Nodes that have a host tier and are alive as far as is known; in order."""
+        lease_s = self.leases.lease_s
+        return sorted(id for id, node in self._nodes.items() if node.host and now_s - node.heard_s <= lease_s)
+
+    def host_row(self, node_id: str) -> dict[str, Any]:
+        """A node's host tier as plain data."""
+        return {"node": node_id} | asdict(self.host(node_id) or HostReport("unknown"))
 
     def page(self, node_id: str) -> PagePlace | None:
         """The control page of a node that has been heard of; None: it has none yet."""

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeAlias
 
 from actors.clock import Clock
+from actors.host_messages import HostDropped
 from actors.log_records import LogState
 from actors.messages import MESSAGE_VERSION, FloorAnswer, LeaseAnswer, NodeRenewal, PagePlace
 from actors.node_book import NodeBook
@@ -66,20 +67,35 @@ class Nodes:
             message=refusal or "",
         )
 
-    async def raise_floor(self, node_id: str, floor: int) -> None:
-        """Have a stored floor put on a node's page. Returns when its agent has answered or its call has failed."""
+    async def raise_floor(self, node_id: str, floor: int) -> FloorAnswer | None:
+        """Have a stored floor put on a node's page. Returns when its agent has answered, None if its call has failed
+        or it obeys a higher term."""
         handle = self._agents.get(node_id)
         if handle is None:
-            return
+            return None
         outcome = await outcome_of(handle.raise_floor.remote(self._state.term, floor))
         if not isinstance(outcome, Answered):
-            return
+            return None
         answer: FloorAnswer = outcome.value
         if answer.is_refused:
             self._tell_outranked()
-            return
+            return None
         self.book.floor_raised(node_id, answer.nonce, answer.floor)
         self._note(node_id)
+        return answer
+
+    async def drop_host(self, node_id: str, older_than_s: float | None) -> HostDropped:
+        """Have a node's host tier drop all its pages, or those older than an age."""
+        handle = self._agents.get(node_id)
+        if handle is None:
+            return HostDropped(0, 0, "its node's agent has not been heard of")
+        call = handle.drop_host.remote() if older_than_s is None else handle.drop_host_older.remote(older_than_s)
+        outcome = await outcome_of(call)
+        return outcome.value if isinstance(outcome, Answered) else HostDropped(0, 0, outcome.message)
+
+    def host_rows(self, node_ids: Iterable[str]) -> list[dict[str, Any]]:
+        """Host tiers as plain data; none of a node that has none."""
+        return [self.book.host_row(node_id) for node_id in sorted(node_ids) if self.book.host(node_id) is not None]
 
     async def ready(self, node_id: str, timeout_s: float) -> PagePlace | None:
         """The page of a node that has a lease: at once, or when its agent has got one. None: not within the time."""

@@ -36,3 +36,5 @@ class Surroundings:
     end_process: Callable[[], None]
     #: the log is in this machine's own directory, so only its nodes can be served
     is_one_machine: bool
+    #: of the cache, in the order in which a flush names them
+    tiers: tuple[str, ...] = ("device",)

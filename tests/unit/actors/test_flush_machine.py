@@ -12,10 +12,11 @@ from actors import flush_events as events
 from actors.flush_events import Command, Event
 from actors.flush_machine import CANCEL_S, FLOOR_PATIENCE_S, OWN_ANSWER_S, FlushMachine
 from actors.flush_plan import FlushPlan
+from actors.flush_request import FlushLimits, parse_flush
 from actors.flush_run import Answer, FlushRun
-from actors.messages import RankRecord
+from actors.messages import HostReport, RankRecord
 from engine.flush import Blockers, FlushVerdict
-from tests.unit.actors.fakes import LIMITS, make_request, rank_record
+from tests.unit.actors.fakes import LIMITS, rank_record
 
 START_S = 100.0
 SLACK_S = 0.05
@@ -36,6 +37,8 @@ class TestNodes:
     fenced: set[str] = field(default_factory=set)
     over_s: dict[str, float] = field(default_factory=dict)
     unheard: set[str] = field(default_factory=set)
+    hosts: dict[str, HostReport] = field(default_factory=dict)
+    floors: dict[str, int] = field(default_factory=dict)
 
     def is_fenced(self, record: RankRecord, epoch: int) -> bool:
         return record.node_id in self.fenced
@@ -46,6 +49,15 @@ class TestNodes:
     def boot_s(self, node_id: str, now_s: float) -> float | None:
         return None if node_id in self.unheard else now_s
 
+    def host(self, node_id: str) -> HostReport | None:
+        return self.hosts.get(node_id)
+
+    def host_nodes(self, now_s: float) -> list[str]:
+        return sorted(self.hosts)
+
+    def floor_on(self, node_id: str) -> int:
+        return self.floors.get(node_id, 0)
+
 
 def record_of(rank: int, node: str | None = None) -> RankRecord:
     """Rank n lives on node n unless told otherwise."""
@@ -55,10 +67,12 @@ def record_of(rank: int, node: str | None = None) -> RankRecord:
 class Flush:
     """A machine with a memory of what it wanted."""
 
-    def __init__(self, *ranks: int, nodes: TestNodes | None = None, **arguments: Any) -> None:
+    def __init__(
+        self, *ranks: int, nodes: TestNodes | None = None, limits: FlushLimits = LIMITS, **arguments: Any
+    ) -> None:
         self.nodes = nodes or TestNodes()
-        request = make_request(**arguments)
-        self.plan = FlushPlan.of(request, LIMITS, START_S, SLACK_S)
+        request = parse_flush({"flush_id": "f"} | arguments, limits, make_id=lambda: "drawn")
+        self.plan = FlushPlan.of(request, limits, START_S, SLACK_S)
         self.machine = FlushMachine(self.plan, FlushRun(request, "then", START_S), self.nodes, ["host"])
         self.now_s = START_S
         self.wanted: list[Command] = []
