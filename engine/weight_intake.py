@@ -120,7 +120,8 @@ class Intake:
     def _check_whole(self, name: str, tensor: Tensor) -> None:
         spec = self._names.spec(name)
         if (tuple(tensor.shape), tensor.dtype) != (spec.shape, spec.dtype):
-            message = f"the tensors for {name} make {list(tensor.shape)} of {tensor.dtype}, not {list(spec.shape)} of {spec.dtype}"
+            made, wanted = f"{list(tensor.shape)} of {tensor.dtype}", f"{list(spec.shape)} of {spec.dtype}"
+            message = f"the tensors for {name} make {made}, not {wanted}"
             raise WeightsRejected(message, "fused", (name,))
         is_number = tensor.is_floating_point() and self._options.check_finite
         if is_number and not bool(torch.isfinite(tensor).all()):
