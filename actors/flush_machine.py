@@ -55,9 +55,10 @@ State: TypeAlias = Literal["storing", "running", "ending", "over"]
 #: must not keep its ranks from flushing
 FLOOR_PATIENCE_S = 0.25
 #: where the controller knows that a flush is good without a rank's own word, the word is still waited for this long,
-#: and a little longer for each rank told: an idle rank answers in 1 to 2 ms, and its row then says what it freed
-OWN_ANSWER_S = 0.02
-OWN_ANSWER_PER_RANK_S = 0.001
+#: and a little longer for each rank told: an idle rank answers in 1 to 2 ms, one of many up to 1 ms later for each of
+#: the others (benchmarks/flush_fanout_bench.py), and its row then says what it freed
+OWN_ANSWER_S = 0.01
+OWN_ANSWER_PER_RANK_S = 0.002
 #: a rank that lives says in one call what became of a flush that is cancelled
 CANCEL_S = 1.0
 

@@ -11,7 +11,7 @@ same run.
 
 `fence_floor` is the time until the floor stands on the node's control page, from when no rank of the node matches
 anything older: one call per node, whatever the number of ranks. A last fence finds every rank stopped (SIGSTOP): it
-succeeds by those calls alone. A fence waits 20 ms and 1 ms for each rank for their own words: `fence_by_floor` is the
+succeeds by those calls alone. A fence waits 10 ms and 2 ms for each rank for their own words: `fence_by_floor` is the
 share of ranks that had not spoken until then, and of whom the answer says `fenced` instead of `flushed`.
 """
 

@@ -10,7 +10,9 @@ the calm windows before and after it.
 
 `wait` needs an idle instant and never gets one: it shows what the others are for. `drain` holds new requests back until
 the running ones have ended. `retract` and `abort` end at the next step boundary of each rank, `fence` waits for
-nothing. Lost is a request that ended neither whole nor as aborted; only the mode `abort` may abort any.
+nothing. `inside` is the controller's own count, `door` what it costs to read an answer again: HTTP, the Api under its
+traffic, the controller and back. Lost is a request that ended neither whole nor as aborted; only the mode `abort` may
+abort any.
 Targets: fence, retract and abort always succeed and lose nothing; fence answers within 50 ms (99th of 100) and costs
 less than 5 % of the throughput.
 """
@@ -46,6 +48,8 @@ class Outcome:
     took_ms: list[float] = field(default_factory=list)
     #: by the controller's own count, without the way through the door
     inside_ms: list[float] = field(default_factory=list)
+    #: of reading the flush's answer again, through the same door, right behind it: HTTP, Api, controller and back
+    door_ms: list[float] = field(default_factory=list)
     num_successes: int = 0
     dips: list[float] = field(default_factory=list)
     num_whole: int = 0
@@ -54,7 +58,8 @@ class Outcome:
 
     def row(self, mode: str) -> str:
         num_flushes = len(self.took_ms)
-        times = [_of_hundred(values, rank) for values in (self.took_ms, self.inside_ms) for rank in (50, 99)]
+        all_times = (self.took_ms, self.inside_ms, self.door_ms)
+        times = [_of_hundred(values, rank) for values in all_times for rank in (50, 99)]
         cells = [
             mode, num_flushes, f"{self.num_successes / num_flushes:.1%}", *(f"{time_ms:.1f}" for time_ms in times),
             f"{median(self.dips):.1%}", self.num_whole, self.num_aborted, self.num_lost,
@@ -62,8 +67,8 @@ class Outcome:
         return f"| {' | '.join(map(str, cells))} |"
 
 
-HEAD = """| mode | flushes | success | p50, ms | p99, ms | inside p50 | inside p99 | dip | whole | aborted | lost |
-|---|---|---|---|---|---|---|---|---|---|---|"""
+HEAD = """| mode | flushes | success | p50 ms | p99 | inside p50 | p99 | door p50 | p99 | dip | whole | aborted | lost |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def _of_hundred(values: list[float], rank: int) -> float:
@@ -92,6 +97,9 @@ def flush(client: httpx.Client, mode: FlushMode, outcome: Outcome) -> None:
     answer = response.json()
     outcome.inside_ms.append(answer["took_ms"])
     outcome.num_successes += answer["success"]
+    begin = time.monotonic()
+    client.get(f"/v1/cache/flush/{answer['flush_id']}").raise_for_status()
+    outcome.door_ms.append((time.monotonic() - begin) * 1e3)
 
 
 def calm_window(clients: Traffic) -> float:

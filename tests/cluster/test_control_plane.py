@@ -50,6 +50,12 @@ def statuses(answer: dict[str, Any]) -> list[str]:
     return [row["status"] for row in answer["ranks"]]
 
 
+def living(answer: dict[str, Any], rank: int) -> bool:
+    """What a rank that lives is called; in mode fence the floor speaks for one that gets no processor for 10 ms."""
+    status = statuses(answer)[rank]
+    return status == "flushed" or (status == "fenced" and answer["mode"] == "fence")
+
+
 @pytest.mark.parametrize(
     ("mode", "verdict", "late"),
     # A rank that wakes after the deadline drops the command. The twenty fences take less than the grace of each; when
@@ -69,7 +75,8 @@ def test_a_stopped_rank_has_its_verdict_on_time(folder: Path, mode: FlushMode, v
                 answer = await ranks.flush(timeout_s=2, mode=mode, flush_id=f"stopped-{trial}")
                 took_s.append(time.monotonic() - begin)
                 left_s.append(answer["took_ms"] / 1000)
-                assert statuses(answer) == ["flushed", verdict], answer
+                assert living(answer, 0), answer
+                assert statuses(answer)[1] == verdict, answer
                 assert answer["success"] is (mode == "fence")
             took_s.sort()
             print(
@@ -162,7 +169,9 @@ def test_without_the_controller_ranks_serve_uncached_and_with_it_cached_again(fo
                 return await ranks.cached(rank) == REUSED
 
             await until(is_cached)
-            assert statuses(await ranks.flush(mode="fence")) == ["flushed", "flushed"]
+            fence = await ranks.flush(mode="fence")
+            assert living(fence, 0)
+            assert living(fence, 1)
             assert await ranks.cached(rank) == 0
 
     run(scenario())
@@ -192,7 +201,9 @@ def test_a_killed_agent_goes_on_with_its_page_and_costs_no_lease(folder: Path) -
             print(f"the agent was back {time.monotonic() - begin:.1f} s after it was missed")
             assert (await rank.actor.hello.remote())["page_nonce"] == nonce
             rank.send(signal.SIGSTOP)
-            assert statuses(await ranks.flush(mode="fence", timeout_s=1)) == ["fenced", "flushed"]
+            fence = await ranks.flush(mode="fence", timeout_s=1)
+            assert statuses(fence)[0] == "fenced"
+            assert living(fence, 1)
             rank.send(signal.SIGCONT)
 
     run(scenario())
@@ -289,7 +300,8 @@ def test_a_wait_that_starves_gives_way_to_a_fence_and_can_be_cancelled(folder: P
             await until(is_waiting)
             assert (await ranks.flush(timeout_s=1))["status"] == "in_progress"
             fence = await ranks.flush(mode="fence", flush_id="fence")
-            assert statuses(fence) == ["flushed", "fenced"]
+            assert living(fence, 0)
+            assert statuses(fence)[1] == "fenced"
             gave_way = await waiting
             assert (gave_way["status"], gave_way["superseded_by"]) == ("superseded", "fence")
             waiting = asyncio.ensure_future(ranks.flush(mode="drain", timeout_s=60, flush_id="drains"))
