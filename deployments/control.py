@@ -58,9 +58,11 @@ class ControllerClient:
         self._noting.add(task)
         task.add_done_callback(self._noting.discard)
 
-    async def abort(self, request_ids: Sequence[str] | None) -> dict[str, Any]:
+    async def abort(self, request_ids: Sequence[str] | None, caller: str) -> dict[str, Any]:
+        """See ControllerActor.abort. None: all requests."""
         ids = None if request_ids is None else list(request_ids)
-        return await _answer(self._handle.abort.remote(ids, request_ids is None, _ASK_S), _ASK_S + _WAY_S)
+        asking = self._handle.abort.remote(ids, request_ids is None, _ASK_S, caller=caller)
+        return await _answer(asking, _ASK_S + _WAY_S)
 
     async def status(self) -> dict[str, Any]:
         return await _answer(self._handle.status.remote(_ASK_S), _ASK_S + _WAY_S)

@@ -199,15 +199,13 @@ class ApiCore:
             async for _ in pieces:
                 pass
 
-    async def abort(self, request_id: str | None) -> dict[str, Any]:
+    async def abort(self, request_id: str | None, caller: str) -> dict[str, Any]:
         """End one request by its exact id, all its sequences with it; None: every request of every rank.
 
         Goes to the ranks through the controller and not to a table of this process: the stream may be another Api
-        replica's. Answers the controller's dict.
+        replica's. caller: for the audit log. Answers the controller's dict.
         """
-        if request_id is None:
-            return await self.controller.abort(None)
-        return await self.controller.abort(ids_of_request(request_id))
+        return await self.controller.abort(None if request_id is None else ids_of_request(request_id), caller)
 
     async def _sequence(self, job: SequenceJob, index: int) -> AsyncGenerator[Piece, None]:
         """One sequence from the first attempt to its last piece."""

@@ -141,7 +141,7 @@ class GrpcService:
         """End one request by its exact id, on whatever rank it runs."""
         if not request.request_id:
             raise InvalidField("request_id is empty; name the request to end", "request_id")
-        answer = await self.core.abort(request.request_id)
+        answer = await self.core.abort(request.request_id, "grpc:Abort")
         return scheduler.AbortResponse(success=answer.get("success") is True, message=str(answer.get("message") or ""))
 
     async def get_model_info(self, request: scheduler.GetModelInfoRequest, call: Call) -> Message:

@@ -51,8 +51,8 @@ class Controller(Protocol):
         """Have the audit log say that a door has refused this call. Never waits, never fails."""
         ...
 
-    async def abort(self, request_ids: Sequence[str] | None) -> dict[str, Any]:
-        """None: all requests."""
+    async def abort(self, request_ids: Sequence[str] | None, caller: str) -> dict[str, Any]:
+        """request_ids: None for all requests.  caller: for the audit log."""
         ...
 
     async def status(self) -> dict[str, Any]: ...

@@ -19,7 +19,7 @@ from deployments.cache_report import cache_report
 from deployments.flush_body import FlushBody, flush_arguments
 from deployments.flush_surfaces import control_status, judge
 from deployments.http.bodies import read_json_object
-from deployments.http.door import Door, JsonResponse
+from deployments.http.door import Door, JsonResponse, caller_of
 from deployments.seams import Controller
 
 #: what float() takes beyond this (underscores, other alphabets' digits, spaces, words) no client means
@@ -49,7 +49,7 @@ class AdminRoutes:
 
     async def flush_cache(self, request: Request) -> Response:
         """SGLang's contract: `timeout` in the query, 200 or 400, the reason as text. Waits on the server."""
-        arguments: dict[str, Any] = {"caller": _caller(request)}
+        arguments: dict[str, Any] = {"caller": caller_of(request, "/flush_cache")}
         given = request.query_params.getlist("timeout")
         if given:
             with self._noted(arguments | {"timeout": given[-1]}):
@@ -59,7 +59,7 @@ class AdminRoutes:
 
     async def flush(self, request: Request) -> Response:
         """JSON in, the whole verdict out, with the code that says what happened."""
-        caller: dict[str, Any] = {"caller": _caller(request)}
+        caller: dict[str, Any] = {"caller": caller_of(request, "/v1/cache/flush")}
         with self._noted(caller):
             content = await read_json_object(request, self.door.max_body_bytes)
         with self._noted(content | caller):
@@ -75,7 +75,8 @@ class AdminRoutes:
 
     async def cancel_flush(self, request: Request) -> Response:
         """End a flush that has not begun. 409 with the flush's answer, or the reason, if it cannot be ended."""
-        answer = await self.controller.cancel_flush(request.path_params["flush_id"], _caller(request))
+        caller = caller_of(request, "/v1/cache/flush")
+        answer = await self.controller.cancel_flush(request.path_params["flush_id"], caller)
         return _told(answer, control_status(answer))
 
     async def cache(self, request: Request) -> Response:
@@ -114,10 +115,3 @@ def _told(answer: Mapping[str, Any], code: int) -> Response:
     if code == UnknownResource.http_status:
         raise UnknownResource(str(answer.get("message")), answer.get("param"))
     return JsonResponse(answer, status_code=code)
-
-
-def _caller(request: Request) -> str:
-    """Which door, and from where: for the audit log."""
-    peer = request.client.host if request.client is not None else ""
-    path = "/v1/cache/flush" if request.url.path.startswith("/v1/") else request.url.path
-    return f"http:{path}" + (f" from {peer[:64]}" if peer.isprintable() and peer else "")

@@ -90,6 +90,12 @@ class Door:
         return body, {"x-tidegate-ignored-fields": ",".join(names)} if names else {}
 
 
+def caller_of(request: Request, path: str) -> str:
+    """Which door a control call came through, and from where: for the audit log."""
+    peer = request.client.host[:64] if request.client is not None else ""
+    return f"http:{path} from {peer}" if peer and peer.isprintable() else f"http:{path}"
+
+
 def error_response(error: TidegateError, dialect: Dialect) -> Response:
     status = http_status(error)
     if dialect == "text":

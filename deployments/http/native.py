@@ -11,7 +11,7 @@ from starlette.routing import Route
 
 from configs.errors import InvalidField
 from deployments.core import ApiCore
-from deployments.http.door import Door, JsonResponse
+from deployments.http.door import Door, JsonResponse, caller_of
 from deployments.http.native_shapes import AnswerShape
 from deployments.http.streaming import EventStream, event, first_of, unless_gone
 from deployments.native_jobs import native_jobs
@@ -59,7 +59,8 @@ class NativeRoutes:
         body, headers = await self.door.body(request, AbortBody)
         if not body.rid and not body.abort_all:
             raise InvalidField("rid is empty; name a request, or set abort_all", "rid")
-        answer = await self.core.abort(None if body.abort_all else body.rid)
+        caller = caller_of(request, "/abort_request")
+        answer = await self.core.abort(None if body.abort_all else body.rid, caller)
         is_unknown = not body.abort_all and answer.get("success") is True and not answer.get("num_aborted")
         if is_unknown:
             answer |= {"status": "unknown", "message": f"no rank knows {body.rid!r}; it may have ended already"}

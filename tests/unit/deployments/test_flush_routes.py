@@ -327,3 +327,12 @@ async def test_the_floor_that_the_api_checks_by_is_that_of_the_last_success(demo
     # that rank did flush, for a flush which failed on the other: its KV is newer than any promise
     assert warm["meta_info"]["kv_epoch"] > floors[-1]
     assert server.core.counters.num_stale == 0
+
+
+@scenario
+async def test_an_abort_is_in_the_audit_log_with_its_caller(demo: Demo) -> None:
+    async with serving(demo) as server:
+        await server.post("/abort_request", {"rid": "nobody"})
+        (entry,) = (await server.client.get("/v1/cache/audit")).json()["entries"]
+    assert (entry["call"], entry["caller"]) == ("abort", "http:/abort_request from 127.0.0.1")
+    assert "nobody" in str(entry["request_ids"])

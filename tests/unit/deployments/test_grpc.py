@@ -212,6 +212,12 @@ async def test_a_timeout_that_is_none_is_an_invalid_argument(demo: Demo, tmp_pat
             reply = await door.client.call("FlushCache", {"timeout_s": timeout_s})
             assert reply.code == "INVALID_ARGUMENT", timeout_s
             assert "timeout_s" in reply.details
+
+        async def all_noted() -> bool:
+            entries = (await door.server.core.controller.audit(100, None))["entries"]
+            return sum(entry["caller"] == "grpc:FlushCache" for entry in entries) == 6
+
+        await until(all_noted, "the audit log shows them")
         assert (await door.client.call("FlushCache", {"timeout_s": 1})).message == {"success": True}
 
 

@@ -98,7 +98,7 @@ async def test_a_full_server_is_a_healthy_one(demo: Demo, monkeypatch: pytest.Mo
         # a rank that is silent is not healthy, however much it has to do
         rank._hand_out = lambda outputs: None
         silent = await server.client.get("/health_generate")
-        await server.core.abort(None)
+        await server.core.abort(None, "test")
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
     assert busy.status_code == 200, busy.text

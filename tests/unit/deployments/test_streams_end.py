@@ -196,7 +196,7 @@ async def test_every_id_of_a_list_is_in_flight(demo: Demo) -> None:
             again = await server.post("/generate", {"text": texts, "rid": rid})
             assert again.status_code == 409
             assert again.json()["param"] == "rid"
-        await server.core.abort(None)
+        await server.core.abort(None, "test")
         await first
         assert (await server.post("/generate", {"text": "x", "rid": "b"})).status_code == 200
 
