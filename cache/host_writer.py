@@ -37,6 +37,11 @@ class HostWriter:
         """Slots leased and not written: how many pages `write` can still take."""
         return len(self._ready)
 
+    @property
+    def num_to_commit(self) -> int:
+        """Pages written that `take_commits` would return."""
+        return len(self._written)
+
     def accept(self, lease: SlotLease) -> None:
         """Slots that the tier has leased to us. Those of an older drop number can commit no more: they go back."""
         if lease.drop != self._drop:

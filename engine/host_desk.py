@@ -177,6 +177,13 @@ class HostDesk:
         self._write_ended(copy, copy.job, num_done, reason, took_s)
         return None
 
+    def begin_anew(self) -> None:
+        """After a violation, behind `DeviceCache.begin_anew`: counts are taken again, copies go on to their ends."""
+        self.num_in_flight = sum(copy.num_pages for copy in self._open.values())
+        self._num_leaving = sum(
+            copy.num_pages for copy in self._open.values() if copy.positions is None and isinstance(copy.job, WriteJob)
+        )
+
     def faults(self) -> list[str]:
         """What does not agree with the words above, and with the write policy. O(nodes)."""
         faults = list(backing_violations(self._cache.index, self._settings.write_policy))

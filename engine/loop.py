@@ -14,14 +14,16 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from threading import Event as Wakeup
 from typing import Protocol, TypeAlias
 
+from cache.host_reader import HostReader
 from configs.errors import InvariantError
 from engine.batch import Batch, StepResult
-from engine.commands import CacheSuspect, Command, Emit, FlushEnded, RunBatch
+from engine.commands import CacheSuspect, Command, Emit, FlushEnded, RunBatch, StartCopies
 from engine.control_words import ReadWords, read_always_valid
+from engine.copy_jobs import CopyJob
 from engine.events import (
     AbortRequested,
     CheckDue,
@@ -30,11 +32,14 @@ from engine.events import (
     RequestArrived,
     StepFailed,
     StepFinished,
+    TierAttached,
     TurnStarted,
 )
 from engine.flush import FlushCommand, FlushKey, FlushVerdict
 from engine.flush_gate import FlushGate, PendingFlush
 from engine.generation import Collector, Generation
+from engine.host_calls import TierPlace
+from engine.host_view import MappedView
 from engine.request import Output, Request
 from engine.scheduler import Scheduler
 from engine.snapshot import EngineSnapshot
@@ -54,6 +59,18 @@ class Runner(Protocol):
     """What computes a step. Blocks until the tokens are known; any exception fails the step, not the engine."""
 
     def run(self, batch: Batch) -> StepResult: ...
+
+
+class Copier(Protocol):
+    """What copies pages to and from the host tier (engine/host_copier.py). Never blocks but in `stop`."""
+
+    def connect(self, post: Callable[[Event], None]) -> None: ...
+
+    def attach(self, number: int, place: TierPlace | None) -> None: ...
+
+    def start(self, jobs: Sequence[CopyJob]) -> None: ...
+
+    def stop(self) -> None: ...
 
 
 def _ignore_outputs(outputs: list[Output]) -> None:
@@ -77,10 +94,12 @@ class EngineLoop:
         on_outputs: OnOutputs = _ignore_outputs,
         on_flush: OnFlush = _ignore_flush,
         sanity_check_s: float = 0.0,
+        copier: Copier | None = None,
     ) -> None:
         """`on_outputs` is called by the engine thread, at most once before and once after a step, and must not block.
         `on_flush` is called once per flush taken in, by the thread that ended it. `sanity_check_s`: seconds between
-        two looks over the cache while the engine is awake, 0 for none.
+        two looks over the cache while the engine is awake, 0 for none. `copier`: with a scheduler that was made for a
+        host tier; it is this loop's from now on.
         """
         self._scheduler = scheduler
         self._runner = runner
@@ -95,6 +114,12 @@ class EngineLoop:
         self._is_stopping = False
         self._snapshot = scheduler.snapshot()
         self._gate = FlushGate(on_flush)
+        self._copier = copier
+        self._num_tiers = 0
+        #: CLOCK_BOOTTIME minus our clock, now: in which births of pages are told to other processes
+        self._boot_offset_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - int(clock() * 1e9)
+        if copier is not None:
+            copier.connect(self.post)
 
     # -------------------------------------------------------------------------------------------------- any thread
     def post(self, event: Event) -> None:
@@ -106,6 +131,26 @@ class EngineLoop:
         """`run` returns after the turn it is in. May be called twice."""
         self._is_stopping = True
         self._wakeup.set()
+
+    def attach_tier(self, place: TierPlace | None) -> None:
+        """Use this host tier from the next turn on; None: it is lost. Copies of before end, undone if need be.
+
+        One caller at a time. Raises InvariantError if the engine was made without one.
+        """
+        if self._copier is None:
+            raise InvariantError("a host tier for an engine that was made without one")
+        self._num_tiers += 1
+        self._copier.attach(self._num_tiers, place)
+        if place is None:
+            self.post(TierAttached(None))
+            return
+        view = MappedView(self._num_tiers, HostReader(place.arena, place.page), self._boot_offset_ns)
+        self.post(TierAttached(view, place.lineage, place.sub_epochs))
+
+    def close(self) -> None:
+        """End the copier, if there is one. `run` does so itself; for engines driven by `generate` or `turn`."""
+        if self._copier is not None:
+            self._copier.stop()
 
     def snapshot(self) -> EngineSnapshot:
         """The engine as it was between two of its moves, not older than the step it is in."""
@@ -161,13 +206,13 @@ class EngineLoop:
         try:
             while not self._is_stopping:
                 if not self.turn():
-                    self._wakeup.wait()
-                    self._wakeup.clear()
+                    self._sleep()
             self.post(AbortRequested(None, "The engine stops."))
             self._carry_out(self._drain())
             reason = "The engine has stopped."
         finally:
             self._gate.close(reason, self._clock(), self._snapshot)
+            self.close()
 
     def turn(self) -> bool:
         """Do what is to be done next, at most one step. False: nothing is left to do until the next event."""
@@ -196,13 +241,22 @@ class EngineLoop:
             for request in requests:
                 self.post(RequestArrived(request))
             while collector.open_ids:
-                if not self.turn() and collector.open_ids:
+                if self.turn() or not collector.open_ids:
+                    continue
+                if not self._scheduler.num_copies_in_flight:
                     raise InvariantError(f"requests {collector.open_ids[:3]} never ended")
+                self._sleep()
         finally:
             self._on_outputs = outer
             if collector.open_ids:
                 self.post(AbortRequested(collector.open_ids))
         return collector.generations
+
+    def _sleep(self) -> None:
+        """Until something is posted, or the scheduler wants a turn anyway."""
+        wakes_at_s = self._scheduler.wakes_at_s
+        self._wakeup.wait(None if wakes_at_s == math.inf else max(0.0, wakes_at_s - self._clock()))
+        self._wakeup.clear()
 
     def _drain(self) -> list[Command]:
         """What the posted events want; those that arrive meanwhile wait for the next turn."""
@@ -241,6 +295,9 @@ class EngineLoop:
                     batch = command.batch
                 case FlushEnded():
                     ended.append(command)
+                case StartCopies():
+                    assert self._copier is not None, "copies are ordered once a tier is attached"
+                    self._copier.start(command.jobs)
                 case CacheSuspect():
                     logger.error("cache emptied, it had violations: %s", "; ".join(command.violations[:5]))
         if outputs:

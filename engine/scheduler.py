@@ -311,6 +311,10 @@ class Scheduler:
         sequence.num_computed += row.num_new
         self._counters.num_prefill_tokens += row.num_new if is_prefill else 0
         self._counters.num_chunks += place is None
+        if place is not None and place in result.failed:
+            roster.leave(sequence, now_s, may_publish=True)
+            roster.finish(sequence, "error", result.failed[place], now_s)
+            return
         finish = None if place is None else self._take_token(sequence, result, place, now_s)
         if finish is not None:
             roster.leave(sequence, now_s, may_publish=True)
@@ -343,6 +347,8 @@ class Scheduler:
             return []
         self._counters.num_violations += len(violations)
         self._cache.begin_anew()
+        if self._host is not None:
+            self._host.begin_anew()
         for sequence in reversed(self.running):
             self._roster.retract(sequence, now_s, may_publish=False)
         self._story.tell(now_s, "", f"cache emptied after {len(violations)} violations: {violations[0]}")
