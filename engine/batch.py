@@ -6,11 +6,13 @@ A row contributes `q_lens[b]` consecutive tokens; they sit side by side in the r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.grammar_state import GrammarState
 from engine.request import SamplingParams, TokenLogprobs
 
 
@@ -28,6 +30,9 @@ class SampleRow:
     output_tokens: NDArray[np.int32] | None = None
     #: ids that may not be chosen at this position (stop tokens before min_new_tokens)
     banned_ids: tuple[int, ...] = ()
+    #: where the output stands in its grammar, and int32 [n], the output tokens that have not been taken in yet
+    grammar: GrammarState | None = None
+    grammar_tokens: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +68,5 @@ class StepResult:
     token_ids: list[int]
     #: None where the row asked for none
     logprobs: list[TokenLogprobs | None]
+    #: place -> why this sequence cannot go on; its token means nothing
+    failed: Mapping[int, str] = field(default_factory=dict[int, str])

@@ -13,6 +13,19 @@ from typing import Literal
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
+#: a JSON schema as JSON text; a regular expression (Rust's, without look-around) for the whole output; a context-free
+#: grammar in GBNF or Lark
+GrammarKind = Literal["json_schema", "regex", "ebnf"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the output must follow from its first token to its end of sequence."""
+
+    kind: GrammarKind
+    text: str
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen. Ranges are checked at the border (`deployments/`), and once more by `problem()`.
@@ -47,6 +60,9 @@ class SamplingParams:
     num_logprobs: int | None = None
     #: added to the logits before everything else: ((token_id, bias), ...)
     logit_bias: tuple[tuple[int, float], ...] = ()
+    #: None: any output. Otherwise the request ends with the model's end of sequence where the grammar ends, also with
+    #: ignore_eos, and bans give way where they would leave no token that the grammar allows
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)

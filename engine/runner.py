@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -10,6 +12,7 @@ from torch import Tensor
 from engine.attention import PagedStep, Scratch
 from engine.attention_plan import plan_attention
 from engine.batch import Batch, StepResult
+from engine.grammar import GrammarBook
 from engine.kv_pool import KvPool
 from engine.models import LoadedModel, ModelFacts
 from engine.sampling import sample
@@ -18,10 +21,18 @@ from engine.sampling import sample
 class ModelRunner:
     """A loaded model and its KV pool. Keeps no state of a request between steps; one thread at a time."""
 
-    def __init__(self, model: LoadedModel, num_pages: int, page_size: int, num_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        num_pages: int,
+        page_size: int,
+        num_threads: int | None = None,
+        grammars: GrammarBook | None = None,
+    ) -> None:
         """Allocates the pool; raises ConfigError when it does not fit.
 
         num_threads: torch's threads for the whole process; None leaves them as they are.
+        grammars: of the model's vocabulary; None: rows that have one fail.
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
@@ -38,6 +49,7 @@ class ModelRunner:
         )
         self._model = model
         self._scratch = Scratch()
+        self._grammars = grammars or GrammarBook(Path(), facts.vocab_size, facts.eos_token_ids)
 
     @property
     def bytes_per_page(self) -> int:
@@ -51,8 +63,10 @@ class ModelRunner:
         """
         with torch.inference_mode():
             logits = self._forward(batch)
-            token_ids, logprobs = sample(logits, batch.samples)
-        return StepResult(step=batch.step, token_ids=token_ids, logprobs=logprobs)
+            # a GPU computes the logits meanwhile
+            masks = self._grammars.masks(batch.samples)
+            token_ids, logprobs = sample(logits, batch.samples, masks)
+        return StepResult(batch.step, token_ids, logprobs, {} if masks is None else masks.failed)
 
     def _forward(self, batch: Batch) -> Tensor:
         """Logits `[S, vocab]` of the rows that sample."""

@@ -2,8 +2,8 @@
 
 Legend: S rows, V vocabulary, E rows that share a treatment, K candidates looked at in order of probability.
 
-Order of treatment, per row: logit_bias; repetition, presence and frequency penalty; banned ids; then greedy, or
-temperature, top_k, top_p (of what top_k left), min_p, and one draw by inverse CDF.
+Order of treatment, per row: logit_bias; repetition, presence and frequency penalty; banned ids; grammar; then greedy,
+or temperature, top_k, top_p (of what top_k left), min_p, and one draw by inverse CDF.
 
 The random number of a token is a function of (seed, num_generated) and nothing else, the order of candidates is total
 (probability, then id), and no row's arithmetic depends on another row: same seed, same tokens, whatever the batch.
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.batch import SampleRow
+from engine.grammar import GrammarMasks
 from engine.request import SamplingParams, TokenLogprobs
 
 #: candidates ranked at first; rows whose top_p or min_p reaches further are ranked over the whole vocabulary
@@ -27,16 +28,21 @@ _FIRST_CANDIDATES = 1024
 _UNIFORM_STEP = 2.0**-53
 
 
-def sample(logits: Tensor, rows: Sequence[SampleRow]) -> tuple[list[int], list[TokenLogprobs | None]]:
+def sample(
+    logits: Tensor, rows: Sequence[SampleRow], masks: GrammarMasks | None = None
+) -> tuple[list[int], list[TokenLogprobs | None]]:
     """One token per row, and its log-probabilities where the row asks for them.
 
-    logits [S, V], any float dtype, not changed; rows: S of them. Log-probabilities are of the model's own
-    distribution: before bias, penalties, temperature and truncation. A batch of plain greedy rows costs one argmax.
+    logits [S, V], any float dtype, not changed; rows: S of them. masks: of the rows that follow a grammar.
+    Log-probabilities are of the model's own distribution: before bias, penalties, grammar, temperature and truncation.
+    A batch of plain greedy rows costs one argmax.
     """
     if not rows:
         return [], []
     scores = logits.float()
     treated = _treat(scores, rows)
+    if masks is not None and masks.rows:
+        treated = _allow_only(treated, scores, masks)
     tokens = treated.argmax(dim=-1)
     drawn = [index for index, row in enumerate(rows) if row.params.temperature > 0]
     if drawn:
@@ -100,6 +106,25 @@ def _penalize_presence_and_frequency(scores: Tensor, rows: list[SampleRow]) -> T
 def _ban(scores: Tensor, rows: list[SampleRow]) -> Tensor:
     at, ids = _places(scores, [row.banned_ids for row in rows])
     return scores.index_put((at, ids), scores.new_tensor(-torch.inf))
+
+
+def _allow_only(treated: Tensor, scores: Tensor, masks: GrammarMasks) -> Tensor:
+    """`treated` [S, V] with what the grammars do not allow at minus infinity.
+
+    Where bans and biases left nothing that is allowed, they give way: an answer that breaks its grammar is none.
+    """
+    at = torch.tensor(masks.rows, device=scores.device)
+    is_allowed = _unpacked(torch.from_numpy(masks.bits).to(scores.device), scores.shape[1])
+    limited = treated[at].masked_fill(~is_allowed, -torch.inf)
+    is_lost = torch.isneginf(limited).all(dim=-1, keepdim=True)
+    limited = torch.where(is_lost, scores[at].masked_fill(~is_allowed, -torch.inf), limited)
+    return treated.index_copy(0, at, limited)
+
+
+def _unpacked(bits: Tensor, vocab_size: int) -> Tensor:
+    """bool [E, V] of int32 [E, W], the lowest bit of a word first."""
+    places = torch.arange(32, dtype=torch.int32, device=bits.device)
+    return ((bits[:, :, None] >> places) & 1).bool().flatten(1)[:, :vocab_size]
 
 
 def _has_count_penalty(params: SamplingParams) -> bool:

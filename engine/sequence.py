@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from cache.device_cache import PageHold
 from cache.types import Namespace, TokenBytes
 from engine.batch import SampleRow
+from engine.grammar_state import GrammarState
 from engine.request import FinishReason, Output, Request, RequestStats, TokenLogprobs
 
 
@@ -27,6 +28,7 @@ class Sequence:
         "abort_reason",
         "arrived_s",
         "first_token_s",
+        "grammar",
         "hold",
         "last_token",
         "load",
@@ -68,7 +70,10 @@ class Sequence:
         self.abort_reason: str | None = None
         self.num_retractions = 0
         #: ids that end it; banned from the sampler's choice until min_new_tokens were generated
-        self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
+        may_outlive_eos = params.ignore_eos and params.grammar is None
+        self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if may_outlive_eos else eos_ids)
+        #: where the output stands in the grammar that it must follow; None: it need not follow any
+        self.grammar = None if params.grammar is None else GrammarState(params.grammar)
         self.matched_stop: int | None = None
         #: a request without a seed gets one from its id, so that a replay of a run gives the same tokens
         self.seed = params.seed if params.seed is not None else crc32(request.request_id.encode())
@@ -169,6 +174,8 @@ class Sequence:
             np.frombuffer(self.request.tokens, dtype=np.int32) if wants_prompt else None,
             self.tokens[num_prompt:].copy() if wants_output else None,
             tuple(sorted(self.stop_ids)) if self.num_generated < params.min_new_tokens else (),
+            self.grammar,
+            None if self.grammar is None else self.tokens[num_prompt + self.grammar.num_taken :].copy(),
         )
 
     def output(self, token: int, logprobs: TokenLogprobs | None, finish: FinishReason | None) -> Output:
