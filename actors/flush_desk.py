@@ -141,7 +141,7 @@ class FlushDesk:
         return None if self._book.pending is None else self._under_way(self._book.pending.flush_id)
 
     def seconds_since_flush(self) -> float | None:
-        """Since the last success of a flush of everything in this controller's life."""
+        """Since the last success of a flush of everything; None: there was none since the machine started."""
         self.count_ended()
         return None if self._flushed_s is None else self._clock.now_s() - self._flushed_s
 
@@ -339,6 +339,8 @@ class FlushDesk:
         for flush in self._log.state.ended.values():
             is_this_boot = flush.boot_id == self._clock.boot_id
             self._book.end(flush.request, flush.answer, flush.boot_s if is_this_boot else float("-inf"))
+            if is_this_boot and flush.answer["success"] and flush.answer["floor_raised"]:
+                self._flushed_s = max(self._flushed_s or flush.boot_s, flush.boot_s)
 
     def end_interrupted(self) -> None:
         """Begin to end the flushes that an earlier controller left open.

@@ -43,6 +43,7 @@ def test_a_restarted_controller_knows_its_ranks_and_epochs() -> None:
             membership = await plane.membership(-1, 0)
             assert [member.rank for member in membership.members] == [0, 1]
             assert membership.floor == first["epoch"]
+            assert plane._desk.seconds_since_flush() is not None, "a restart does not forget the last success"
             assert await plane.flush(flush_id="kept") == first | {"replayed": True}
             second = await plane.flush()
             assert second["success"]
@@ -65,6 +66,7 @@ def test_an_answer_of_another_boot_is_readable_and_never_replayed() -> None:
             first = await plane.flush(flush_id="nightly")
         async with control_plane(store, known=fleet) as plane:
             assert (await plane.flush_status("nightly"))["epoch"] == first["epoch"]
+            assert plane._desk.seconds_since_flush() is None, "clocks of two boots have no difference"
             again = await plane.flush(flush_id="nightly")
             assert again["success"]
             assert not again["replayed"]
