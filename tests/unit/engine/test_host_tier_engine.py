@@ -11,6 +11,10 @@ import pytest
 
 from cache.device_cache import DeviceCache
 from cache.write_policy import WritePolicy
+from engine.events import RequestArrived
+from engine.flush import FlushMode
+from engine.flush_gate import PendingFlush
+from engine.generation import Collector, Generation
 from engine.host_calls import HostSettings
 from engine.host_copier import HostCopier
 from engine.limits import SchedulerLimits
@@ -20,7 +24,7 @@ from engine.page_store import page_store
 from engine.request import Request, SamplingParams
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler
-from tests.fakes import tokens_of
+from tests.fakes import flush_command, tokens_of
 from tests.host_tier import HostNode, host_node
 from tests.models import write_random_model
 from tests.oracle import PlainModel
@@ -48,8 +52,20 @@ class Rank:
         self.scheduler = Scheduler(self.cache, SchedulerLimits(16, 192, 2048), settings)
         copier = HostCopier(page_store(self.runner.kv_pool), settings)
         self.loop = EngineLoop(self.scheduler, self.runner, copier=copier)
+        self.flushes: list[PendingFlush] = []
         if node is not None:
             self.loop.attach_tier(node.place())
+
+    def offer_flush(self, mode: FlushMode, epoch: int) -> None:
+        offered = self.loop.offer_flush(flush_command(f"f{epoch}", mode, epoch=epoch, budget_s=600.0))
+        assert isinstance(offered, PendingFlush)
+        self.flushes.append(offered)
+
+    def settle(self) -> None:
+        """Take turns until no copy is under way."""
+        while self.loop.turn() or self.scheduler.num_copies_in_flight:
+            if not self.scheduler.has_work:
+                self.loop._sleep()
 
 
 @contextmanager
@@ -90,3 +106,74 @@ def test_pages_that_left_the_device_come_back_from_the_host(tmp_path: Path, poli
         assert host is not None
         print(policy, host)
         assert min(host.num_loaded_pages, host.num_written_pages, rank.cache.num_evicted_pages) > 20
+
+
+def serve(rank: Rank, requests: list[Request], flush: FlushMode | None = None, epoch: int = 0) -> list[Generation]:
+    """Post a few at a time, offer the flush while they run, turn until all have ended."""
+    collector = Collector(requests)
+    rank.loop._on_outputs = collector.take
+    waiting = list(requests)
+    num_turns = 0
+    while collector.open_ids:
+        num_turns += 1
+        if num_turns == 10 and flush is not None:
+            rank.offer_flush(flush, epoch)
+        for request in waiting[:3]:
+            rank.loop.post(RequestArrived(request))
+        del waiting[:3]
+        if not rank.loop.turn() and collector.open_ids and not waiting:
+            assert rank.scheduler.num_copies_in_flight, "nothing to do, nothing under way, and requests are open"
+            rank.loop._sleep()
+    rank.settle()
+    return collector.generations
+
+
+@pytest.mark.parametrize("policy", ["write_back", "write_through", "write_through_selective"])
+def test_two_ranks_on_one_arena_equal_plain_generation(tmp_path: Path, policy: WritePolicy) -> None:
+    """16 at once in pools so small that most pages travel; the second rank sees only what the first has computed."""
+    rng = np.random.default_rng(7)
+    stems = [rng.integers(0, 512, length).tolist() for length in (60, 90, 130, 170)]
+    #: equal questions with equal answers are compared once
+    answers: dict[tuple[tuple[int, ...], tuple[int, ...]], Generation] = {}
+    with model_and_node(tmp_path) as (directory, node):
+        first, second = Rank(directory, 56, policy, node), Rank(directory, 56, policy, node)
+        try:
+            for lap, mode in enumerate((None, "fence", "retract", "drain")):
+                prompts = [
+                    stems[n % 4][: int(rng.integers(40, 171))] + rng.integers(0, 512, 9).tolist() for n in range(16)
+                ]
+                num_new = int(rng.integers(2, 8))
+                # asked twice: `selective` copies what is hit
+                laps = (first, prompts, mode), (first, prompts, None), (second, prompts, None)
+                for part, (rank, prompts_of_part, flush) in enumerate(laps):
+                    if rank is second and mode is not None:
+                        second.offer_flush("fence", epoch=lap)
+                        node.page.raise_floor(1, lap)
+                    requests = requests_of(prompts_of_part, num_new, prefix=f"{lap}-{part}-")
+                    for prompt, answer in zip(prompts, serve(rank, requests, flush, lap), strict=True):
+                        answers[tuple(prompt), tuple(answer.token_ids)] = answer
+                    rank.scheduler.check()
+                    node.check()
+        finally:
+            first.loop.close()
+            second.loop.close()
+        node.check()
+    plain = PlainModel(directory)
+    for (prompt, token_ids), answer in answers.items():
+        assert answer.finish == "length"
+        plain.compare(list(prompt), list(token_ids))
+    counts = {"ties": plain.num_ties}
+    for name, rank in (("first", first), ("second", second)):
+        snapshot = rank.loop.snapshot()
+        host = snapshot.host
+        assert host is not None
+        counts |= {
+            f"{name} loaded": host.num_loaded_pages,
+            f"{name} evicted": snapshot.num_evicted_pages,
+            f"{name} written": host.num_written_pages if rank is first else 1,
+        }
+        print(policy, name, host, snapshot.counters.num_retractions)
+    assert counts.pop("ties") <= 1
+    assert all(counts.values()), counts
+    assert [pending.ended.result(0).status for pending in (*first.flushes, *second.flushes)] == ["flushed"] * 6
+    assert any(answer.stats is not None and answer.stats.cached_by_tier["host"] for answer in answers.values())
