@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from actors.rank_host import host_settings
 from cache.device_cache import DeviceCache
 from configs.errors import ConfigError
 from configs.resolve import GIB, kv_memory_bytes
 from configs.schema import EngineSettings, Settings
 from engine.control_words import ReadWords
 from engine.garbage import calm_collector
+from engine.grammar import GrammarBook
 from engine.limits import SchedulerLimits
 from engine.loop import EngineLoop, OnFlush, OnOutputs
 from engine.scheduler import Scheduler
@@ -48,6 +50,8 @@ class RankEngine:
     bytes_per_page: int
     layout_digest: str
     weights_digest: str
+    #: grammars of the model's vocabulary; None: the engine has none to offer
+    grammars: GrammarBook | None = None
 
 
 #: (settings, hooks) -> engine; blocks for seconds. Raises ConfigError for what cannot work.
@@ -61,23 +65,33 @@ def load_engine(settings: Settings, hooks: EngineHooks) -> RankEngine:
     afterwards (modules, weights) out of the garbage collector's sight: its passes would stop steps for nothing.
     """
     # Here and not above: the actor that only names this module for a rank must not pay 174 MB and 1.5 s for torch.
+    from engine.host_copier import HostCopier
     from engine.models import load_model
+    from engine.page_store import page_store
     from engine.runner import ModelRunner
 
     engine = settings.engine
     model = load_model(_model_path(settings), engine.device, settings.model.dtype, settings.model.max_len)
     num_pages = engine.num_pages or _pages_that_fit(model, engine)
-    runner = ModelRunner(model, num_pages, engine.page_size, engine.threads)
-    facts = runner.facts
+    facts = model.facts
+    grammars = GrammarBook(_model_path(settings) / "tokenizer.json", facts.vocab_size, facts.eos_token_ids)
+    runner = ModelRunner(model, num_pages, engine.page_size, engine.threads, grammars)
     limits = _limits(runner, engine)
     cache = DeviceCache(num_pages, engine.page_size, enabled=engine.prefix_cache)
+    host = host_settings(
+        settings.host_tier,
+        layout_digest=facts.layout_digest,
+        weights_digest=facts.weights_digest,
+        page_bytes=runner.bytes_per_page,
+    )
     loop = EngineLoop(
-        Scheduler(cache, limits),
+        Scheduler(cache, limits, host),
         runner,
         read_words=hooks.read_words,
         on_outputs=hooks.on_outputs,
         on_flush=hooks.on_flush,
         sanity_check_s=engine.sanity_check_s,
+        copier=None if host is None else HostCopier(page_store(runner.kv_pool), host),
     )
     calm_collector()
     pages = f"{num_pages} pages of {engine.page_size} tokens"
@@ -91,6 +105,7 @@ def load_engine(settings: Settings, hooks: EngineHooks) -> RankEngine:
         bytes_per_page=runner.bytes_per_page,
         layout_digest=facts.layout_digest,
         weights_digest=facts.weights_digest,
+        grammars=grammars,
     )
 
 

@@ -11,7 +11,7 @@ import logging
 import os
 import platform
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from typing import Any
 from actors.data_plane import DataPlane
 from actors.end_proofs import pid_namespace
 from actors.endpoints import TcpDoor, socket_path, sweep_dead_sockets
+from actors.grammar_queue import GrammarQueue
+from actors.host_link import HostLink
 from actors.messages import MESSAGE_VERSION, AbortCommand, RankRecord, Registered
 from actors.metrics import RankMetrics
 from actors.pace import Pace
@@ -26,13 +28,14 @@ from actors.place import Place, place_in_ray
 from actors.process_proof import start_time_of
 from actors.rank_engine import BuildEngine, EngineHooks, RankEngine, load_engine
 from actors.rank_flushes import RankFlushes
+from actors.rank_host import find_node_agent, host_facts, host_link
 from actors.rank_words import NodePage, RankWords, boot_ns
 from cache.shared_words import fence_for
 from configs.schema import Settings
-from engine.events import AbortRequested, RequestArrived
+from engine.events import AbortRequested
 from engine.flush import FlushCommand, FlushVerdict
 from engine.flush_gate import PendingFlush
-from engine.request import Output, Request
+from engine.request import Output
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +64,7 @@ class SchedulerActor:
         build_engine: BuildEngine = load_engine,
         find_place: Callable[[], Place] = place_in_ray,
         end_process: Callable[[int], Any] = os._exit,
+        find_tier: Callable[[str], Awaitable[Any]] = find_node_agent,
     ) -> None:
         """settings: settled for this machine (configs.resolve). rank: Serve's number, which may change later."""
         self._settings = settings
@@ -69,6 +73,9 @@ class SchedulerActor:
         self._build_engine = build_engine
         self._find_place = find_place
         self._end_process = end_process
+        self._find_tier = find_tier
+        #: None: no host tier, or not joined yet
+        self._host: HostLink | None = None
         self._registered: Registered | None = None
         #: read by the engine thread in every turn
         self._words = RankWords()
@@ -80,6 +87,7 @@ class SchedulerActor:
         self._engine: RankEngine
         self._flushes: RankFlushes
         self._plane: DataPlane
+        self._grammars: GrammarQueue
         self._metrics: RankMetrics
         self._pace: Pace
         self._record: RankRecord
@@ -101,20 +109,26 @@ class SchedulerActor:
         )
         self._metrics = RankMetrics(self._rank)
         self._pace = Pace(self._engine.loop.snapshot(), self._loop.time())
-        self._plane = DataPlane(self._incarnation, self._submit, self._abort)
+        self._grammars = GrammarQueue(self._engine.grammars, self._engine.loop.post)
+        self._plane = DataPlane(self._incarnation, self._grammars.submit, self._abort)
         self._record = self._listen(place)
         return self._record
 
     async def join(self, registered: Registered) -> None:
         """Serve from now on, with nothing older than what the controller has answered.
 
-        Raises ConfigError if the node's control page cannot be mapped.
+        Raises ConfigError if the node's control page cannot be mapped, or the settings ask for a host tier that this
+        rank can never have.
         """
         self._page = NodePage(self._words, registered.lineage, registered.page, fence_for(platform.machine()))
         self._words.raise_epoch(max(registered.epoch, registered.floor))
         self._registered = registered
         self._record = replace(self._record, page_nonce=self._words.nonce)
         self._engine.loop.see_term(registered.term)
+        if self._settings.host_tier.is_on:
+            link = host_link(self._record, registered, self._engine.loop.attach_tier, self._find_tier)
+            await link.begin()
+            self._host = link
         self._flushes.serve()
         self._thread = threading.Thread(target=self._run_engine, name="engine", daemon=True)
         self._thread.start()
@@ -128,6 +142,7 @@ class SchedulerActor:
         if self._is_stopping:
             return
         self._is_stopping = True
+        self._grammars.close()
         if self._registered is None:
             await self._close()
             return
@@ -136,6 +151,11 @@ class SchedulerActor:
         await asyncio.to_thread(self._thread.join, _LAST_STEP_S)
         if self._thread.is_alive():
             log.warning("rank %d: the step under way did not end within %.1f s of the stop", self._rank, _LAST_STEP_S)
+        elif self._host is not None:
+            # the copier ended with the engine's thread: nothing is written to a slot any more
+            await self._host.leave()
+        if self._host is not None:
+            self._host.close()
 
     # --- control: always answers --------------------------------------------------------------------------------------
 
@@ -178,7 +198,7 @@ class SchedulerActor:
             return {"num_aborted": 0, "message": "The command came too late, or from a superseded controller."}
         ids = command.request_ids
         num_aborted = self._plane.num_open(None if ids is None else list(ids))
-        self._engine.loop.post(AbortRequested(ids, command.reason))
+        self._grammars.abort(AbortRequested(ids, command.reason))
         return {"num_aborted": num_aborted}
 
     async def renumber(self, rank: int) -> RankRecord:
@@ -198,7 +218,8 @@ class SchedulerActor:
     async def status(self) -> dict[str, Any]:
         """The engine as it last was: load, pages by state, epoch, totals since the start. Plain data."""
         snapshot = self._engine.loop.snapshot()
-        return asdict(snapshot) | {
+        return asdict(replace(snapshot, host=None)) | {
+            "host": host_facts(snapshot, self._host),
             "is_serving": not self._is_stopping,
             "num_running": snapshot.num_running,
             "max_running": self._settings.engine.max_running,
@@ -210,11 +231,8 @@ class SchedulerActor:
 
     # --- requests and tokens ------------------------------------------------------------------------------------------
 
-    def _submit(self, request: Request) -> None:
-        self._engine.loop.post(RequestArrived(request))
-
     def _abort(self, request_ids: list[str], reason: str) -> None:
-        self._engine.loop.post(AbortRequested(tuple(request_ids), reason))
+        self._grammars.abort(AbortRequested(tuple(request_ids), reason))
 
     def _hand_over(self, outputs: list[Output]) -> None:
         """Engine thread: one call into the loop per step, whatever the number of tokens."""
