@@ -5,7 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 
-MODULES = ("benchmarks.index_bench", "benchmarks.engine_bench", "benchmarks.host_tier_bench")
+MODULES = (
+    "benchmarks.index_bench",
+    "benchmarks.engine_bench",
+    "benchmarks.host_tier_bench",
+    "benchmarks.flush_fanout_bench",
+    "benchmarks.flush_modes_bench",
+)
 
 
 def main() -> int:

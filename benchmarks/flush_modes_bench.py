@@ -4,7 +4,7 @@
 
 `tidegate serve` with ranks of the small demo model; clients in a process of their own keep every rank's batch full and
 half of each prompt is common to all, so that there is something to flush. Flushes go to `POST /v1/cache/flush`, one
-after the other, `--every` seconds apart at the least. Windows of 20 flushes and calm ones without any alternate, and so
+after the other, `--every` seconds apart at the least. Windows of 40 flushes and calm ones without any alternate, and so
 do the modes: `dip` is the median, over the windows of a mode, of the share of tokens per second that it lacks beside
 the calm windows before and after it.
 
@@ -34,7 +34,7 @@ from engine.flush import FLUSH_MODES, FlushMode
 
 #: what a flush may take; a step grace makes that of retract, abort and fence 5 s
 TIMEOUT_S: dict[FlushMode, float] = {"wait": 0.25, "drain": 10.0, "retract": 0.25, "abort": 0.25, "fence": 0.25}
-FLUSHES_A_WINDOW = 20
+FLUSHES_A_WINDOW = 40
 CALM_S = 5.0
 #: batch of a rank, and clients for each rank: always some that wait
 MAX_RUNNING = 8
