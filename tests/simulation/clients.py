@@ -165,6 +165,12 @@ class Callers:
         if chance.random() < 0.15:
             self._process.spawn(self._cancel(arguments["flush_id"], chance.uniform(0, 0.3)))
 
+    def abort(self) -> None:
+        """Ask for the end of all running requests."""
+        controller = self._find()
+        if controller is not None:
+            self._process.spawn(self._abort(controller))
+
     def flush_last(self) -> None:
         """When all is well again: everything, in a mode that needs no idle instant."""
         self._process.spawn(self._until_answered({"flush_id": "last", "mode": "fence", "timeout_s": 1.0}))
@@ -179,6 +185,9 @@ class Callers:
                     self.answers.setdefault(arguments["flush_id"], []).append(outcome.value)
                     return
             await asyncio.sleep(self._chance.uniform(0.05, 0.8))
+
+    async def _abort(self, controller: Handle) -> None:
+        await outcome_within(controller.abort.remote(), 5.0)
 
     async def _cancel(self, flush_id: str, after_s: float) -> None:
         await asyncio.sleep(after_s)

@@ -71,7 +71,7 @@ class Controller:
             find_handle=self._find_rank, find_process=self._find_process, ensure_agent=self._ensure_agent,
             in_thread=self._in_thread, end_process=self.process.kill, is_one_machine=False,
         )  # fmt: skip
-        self._writer = SlowLog(tools.store, node.time, self.process, tools.chance, tools.store_faults)
+        self._writer = SlowLog(tools.store, node.time, self.process, self._is_cut_off, tools.chance, tools.store_faults)
         self.plane = ControlPlane(self._writer, tools.audit, tools.settings, around, SilentMetrics())
         self.process.spawn(self._start())
 
@@ -121,6 +121,13 @@ class Controller:
     async def cancel_flush(self, flush_id: str) -> dict[str, Any]:
         await self._ready.wait()
         return await self.plane.cancel_flush(flush_id, "caller")
+
+    async def abort(self) -> dict[str, Any]:
+        await self._ready.wait()
+        return await self.plane.abort(None, True, 2.0, "as ordered")
+
+    def _is_cut_off(self) -> bool:
+        return self.node.node_id in self._tools.network.cut_off
 
     async def _find_rank(self, record: RankRecord) -> Handle | None:
         await asyncio.sleep(self._tools.network.delay_s())

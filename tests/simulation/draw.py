@@ -34,6 +34,8 @@ class Plan:
     share_preempted: float
     num_requests: int
     num_flushes: int
+    #: calls that end all running requests
+    num_aborts: int
     #: modes that are asked for
     modes: tuple[str, ...]
     faults: tuple[str, ...]
@@ -62,6 +64,7 @@ class Plan:
             share_preempted=chance.choice((0.0, 0.02, 0.1)),
             num_requests=chance.choice((15, 30, 45)),
             num_flushes=chance.choice((3, 5, 8)),
+            num_aborts=chance.choice((0, 0, 0, 3)),
             modes=tuple(chance.sample(FLUSH_MODES, chance.choice((1, 2, 5)))),
             faults=() if is_calm else tuple(chance.sample(sorted(FAULTS), chance.choice((1, 3, len(FAULTS))))),
             num_faults=0 if is_calm else chance.choice((2, 5, 9)),

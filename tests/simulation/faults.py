@@ -55,11 +55,11 @@ class Faults:
     def _strike(self, name: str) -> None:
         if not self._world.is_over:
             strike: Callable[[], None] = getattr(self, f"_{name}")
+            self._world.trace.count(f"fault {name}")
             strike()
 
     def _tell(self, what: str) -> None:
         self._world.trace.tell("fault", what)
-        self._world.trace.count(f"fault {what.split()[0]}")
 
     # ----------------------------------------------------------------------------------------------- stops and deaths
     def _freeze_rank(self) -> None:
@@ -108,14 +108,21 @@ class Faults:
 
     # ------------------------------------------------------------------------------------------------- two controllers
     def _second_controller(self) -> None:
-        """Ray believes that the controller has died, and starts it elsewhere; some nodes still see the first one."""
+        """Ray believes that the controller has died, and starts it elsewhere. The first one lives on: beside it,
+        frozen, or on a node that is cut off from the others and the log."""
         world, chance = self._world, self._chance
+        first = world.controllers[-1]
         node_id = chance.choice(list(world.nodes))
-        self._tell(f"second controller on {node_id}")
+        duration_s = chance.choice(_DURATIONS_S)
+        self._tell(f"second controller on {node_id}; the first is left behind for {duration_s} s")
         world.behind = {name for name in [*world.nodes, "outside"] if chance.random() < 0.5}
-        world.later(chance.choice(_DURATIONS_S), world.behind.clear)
-        if chance.random() < 0.4:
-            self._freeze_controller()
+        match chance.choice(("beside", "frozen", "cut off")):
+            case "frozen":
+                self._freeze(first.process)
+            case "cut off" if first.node.node_id != node_id:
+                world.behind.add(first.node.node_id)
+                self._cut(first.node.node_id, duration_s)
+        world.later(duration_s, world.behind.clear)
         world.start_controller(node_id)
 
     def _lose_log(self) -> None:
@@ -137,12 +144,13 @@ class Faults:
 
     # ---------------------------------------------------------------------------------------------- network and store
     def _cut_off(self) -> None:
-        world = self._world
-        node_id = self._chance.choice(list(world.nodes))
-        duration_s = self._chance.choice(_DURATIONS_S)
+        self._cut(self._chance.choice(list(self._world.nodes)), self._chance.choice(_DURATIONS_S))
+
+    def _cut(self, node_id: str, duration_s: float) -> None:
+        network = self._world.network
         self._tell(f"cut-off {node_id} for {duration_s} s")
-        world.network.cut_off.add(node_id)
-        world.later(duration_s, world.network.cut_off.discard, node_id)
+        network.cut_off.add(node_id)
+        self._world.later(duration_s, network.cut_off.discard, node_id)
 
     def _hiccup(self) -> None:
         process = self._some(self._processes())

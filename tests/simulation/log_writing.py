@@ -55,10 +55,13 @@ class SharedStore(MemoryStore):
 class WritersView(MemoryStore):
     """The store as one controller reaches it."""
 
-    def __init__(self, store: SharedStore, loop: VirtualLoop, chance: Random, faults: StoreFaults) -> None:
+    def __init__(
+        self, store: SharedStore, loop: VirtualLoop, is_cut_off: Callable[[], bool], chance: Random, faults: StoreFaults
+    ) -> None:
         super().__init__()
         self._store = store
         self._loop = loop
+        self._is_cut_off = is_cut_off
         self._chance = chance
         self.faults = faults
 
@@ -78,6 +81,8 @@ class WritersView(MemoryStore):
         chance, faults = self._chance, self.faults
         if chance.random() < faults.share_preempted:
             self._loop.preempt(chance.choice((0.01, 0.3, 3.0)))
+        if self._is_cut_off():
+            raise OSError("the store is on the other side")
         is_failing = self._store.is_out or chance.random() < faults.share_failing
         if is_failing and chance.random() < 0.5:
             raise OSError("the store is out of reach")
@@ -90,8 +95,16 @@ class WritersView(MemoryStore):
 class SlowLog:
     """The log's own thread: one operation after the other, each in its time. A `LogWriter`."""
 
-    def __init__(self, store: SharedStore, clock: Clock, process: Process, chance: Random, faults: StoreFaults) -> None:
-        self._view = WritersView(store, process.loop, chance, faults)
+    def __init__(
+        self,
+        store: SharedStore,
+        clock: Clock,
+        process: Process,
+        is_cut_off: Callable[[], bool],
+        chance: Random,
+        faults: StoreFaults,
+    ) -> None:
+        self._view = WritersView(store, process.loop, is_cut_off, chance, faults)
         self._log = ControlLog(self._view, clock)
         self._process = process
         self._chance = chance

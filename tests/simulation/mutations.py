@@ -7,7 +7,7 @@ host tier (`host_mutations.py`); the others are the rows of its table of a simul
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ from engine.control_words import ControlWords
 from engine.events import TurnStarted
 from engine.flush_gate import FlushGate
 from engine.loop import EngineLoop
-from tests.simulation.node import NodeFile
+from tests.simulation.rank import Rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,8 @@ class Mutation:
     name: str
     #: object, name of its attribute, what replaces it
     replaced: tuple[tuple[Any, str, Any], ...]
+    #: where it is likely to show: fields of the plan
+    plan: Mapping[str, Any]
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -76,10 +78,6 @@ def _publish_under_the_current_epoch(
 
 
 _publish = DeviceCache.publish
-
-
-def _adopt_any_lineage(self: NodeFile, lineage: str) -> bool:
-    return True
 
 
 async def _keep_the_file(self: NodeAgent, lineage: str) -> None:
@@ -147,31 +145,57 @@ def _never_superseded(self: ControlLog) -> None:
     self._see_past(self._next - 1, self._clock.now_s())
 
 
-def _mutation(name: str, *replaced: tuple[Any, str, Any]) -> Mutation:
-    return Mutation(name, replaced)
+_BUSY = {"num_requests": 60, "num_flushes": 12, "length_s": 12.0}
 
-
-MUTATIONS: dict[str, Callable[[], Mutation]] = {}
 ALL = (
-    _mutation("read words before draining", (EngineLoop, "turn", _read_words_first)),
-    _mutation("key by current epoch at insert", (DeviceCache, "publish", _publish_under_the_current_epoch)),
-    _mutation("floor first in wait", (FlushPlan, "raises_floor_first", property(lambda self: self.takes_epoch))),
-    _mutation(
+    Mutation(
+        "read words before draining",
+        ((EngineLoop, "turn", _read_words_first),),
+        _BUSY | {"share_preempted": 0.3, "modes": ("fence",), "step_s": 0.002},
+    ),
+    Mutation(
+        "key by current epoch at insert",
+        ((DeviceCache, "publish", _publish_under_the_current_epoch),),
+        _BUSY | {"modes": ("fence",), "step_s": 0.08},
+    ),
+    Mutation(
+        "floor first in wait",
+        ((FlushPlan, "raises_floor_first", property(lambda self: self.takes_epoch)),),
+        _BUSY | {"modes": ("wait",)},
+    ),
+    Mutation(
         "no lineage",
-        (NodeAgent, "_begin_lineage", _keep_the_file),
-        (FileIdentity, "difference", lambda self, page: None),
+        (
+            (NodeAgent, "_begin_lineage", _keep_the_file),
+            (FileIdentity, "difference", lambda self, page: None),
+            (Rank, "_is_foreign", lambda self, lineage: False),
+        ),
+        _BUSY | {"faults": ("lose_log", "kill_controller"), "num_faults": 6},
     ),
-    _mutation(
+    Mutation(
         "no term",
-        (ControlPageWriter, "raise_floor", _obey_any_term),
-        (FlushGate, "offer", _take_any_term),
-        (FlushGate, "see_term", lambda self, term: True),
+        (
+            (ControlPageWriter, "raise_floor", _obey_any_term),
+            (FlushGate, "offer", _take_any_term),
+            (FlushGate, "see_term", lambda self, term: True),
+        ),
+        _BUSY | {"faults": ("second_controller", "freeze_controller"), "num_faults": 9, "num_aborts": 20},
     ),
-    _mutation("lease ignored by ranks", (RankWords, "read", _lease_always)),
-    _mutation("a new controller does not wait two leases", (LeaseBook, "__init__", _count_from_the_start)),
-    _mutation("unreachable counted as dead", (FlushMachine, "_stand_in", _silent_is_dead)),
-    _mutation("grants without a check of the store", (LeaseBook, "why_not", _grant_without_check)),
-    _mutation(
-        "writes not fenced by the log", (ControlLog, "_own", _write_over_others), (ControlLog, "check", _never_superseded)
+    Mutation("lease ignored by ranks", ((RankWords, "read", _lease_always),), _BUSY),
+    Mutation(
+        "a new controller does not wait two leases",
+        ((LeaseBook, "__init__", _count_from_the_start),),
+        _BUSY | {"faults": ("kill_controller", "cut_off"), "num_faults": 9},
+    ),
+    Mutation("unreachable counted as dead", ((FlushMachine, "_stand_in", _silent_is_dead),), _BUSY),
+    Mutation(
+        "grants without a check of the store",
+        ((LeaseBook, "why_not", _grant_without_check),),
+        _BUSY | {"faults": ("second_controller",), "num_faults": 3, "num_nodes": 3},
+    ),
+    Mutation(
+        "writes not fenced by the log",
+        ((ControlLog, "_own", _write_over_others), (ControlLog, "check", _never_superseded)),
+        _BUSY | {"faults": ("second_controller",), "num_faults": 3},
     ),
 )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.log_records import FlushIntent, TakeOver, decode_entry
+from actors.messages import AbortCommand
 from configs.schema import ControlSettings
 from engine.flush import STEP_MODES, FlushCommand, FlushVerdict
 from engine.flush_gate import PendingFlush
@@ -161,6 +162,15 @@ class Oracle:
         self.require(command.term >= term, f"invariant 4: {name} obeys term {command.term} after {term}")
         if command.epoch and rank.is_serving:
             self.require(rank.cache.epoch >= command.epoch, f"{name} says flushed and stands at {rank.cache.epoch}")
+
+    def aborts(self, rank: Rank, command: AbortCommand) -> None:
+        """A rank ends requests because a controller says so."""
+        name = rank.incarnation
+        self.require(command.term >= rank.term, f"invariant 4: {name} obeys term {command.term} after {rank.term}")
+        is_valid = rank.node.time.now_s() <= command.valid_until_s
+        self.require(is_valid, f"invariant 8: {name} aborts after the end of the command")
+        rank.term = max(rank.term, command.term)
+        self._trace.count("aborts")
 
     def took_turn(self, rank: Rank) -> None:
         """After each turn and step of an engine."""

@@ -48,6 +48,7 @@ class RankWitness(Protocol):
     def read(self, rank: Rank, request_id: str, admitted: int, epoch: int) -> None: ...
     def offered(self, rank: Rank, command: FlushCommand) -> None: ...
     def ended(self, rank: Rank, pending: PendingFlush, verdict: FlushVerdict) -> None: ...
+    def aborts(self, rank: Rank, command: AbortCommand) -> None: ...
     def took_turn(self, rank: Rank) -> None: ...
     def failed(self, who: str, error: BaseException) -> None: ...
 
@@ -97,7 +98,7 @@ class Rank:
             page_size=PAGE_SIZE, num_pages=NUM_PAGES,
         )  # fmt: skip
         self.registered: Registered | None = None
-        #: highest term of any message to it
+        #: highest term of any message to its scheduler
         self.term = 0
         self.process.spawn(self._live())
 
@@ -123,6 +124,7 @@ class Rank:
     async def abort(self, command: AbortCommand) -> dict[str, Any]:
         if self.flushes.is_late(command.valid_until_s) or not self.engine.see_term(command.term):
             return {"num_aborted": 0}
+        self._tools.witness.aborts(self, command)
         self.engine.post(AbortRequested(command.request_ids, command.reason))
         return {"num_aborted": 1}
 
@@ -160,7 +162,8 @@ class Rank:
     def _join(self, registered: Registered) -> None:
         self._attach(registered)
         self.words.raise_epoch(max(registered.epoch, registered.floor))
-        self._take(registered)
+        self.registered = registered
+        self.term = max(self.term, registered.term)
         self.engine.see_term(registered.term)
         self.flushes.serve()
         self.engine.start()
@@ -178,10 +181,6 @@ class Rank:
             self._attach(self.registered)
         self.process.loop.call_later(_REPORT_PERIOD_S, self._look, context=self.process.context())
 
-    def _take(self, registered: Registered) -> None:
-        self.registered = registered
-        self.term = max(self.term, registered.term)
-
     async def _follow_controller(self) -> None:
         """See deployments.rank.Rank.check_health."""
         controller = self._tools.find_controller(self.node.node_id)
@@ -190,7 +189,7 @@ class Rank:
         hello = await outcome_within(controller.hello.remote(), _HEALTH_PERIOD_S)
         if not isinstance(hello, Answered):
             return
-        if hello.value["lineage"] != self.registered.lineage:
+        if self._is_foreign(hello.value["lineage"]):
             self.process.kill()
             return
         if hello.value["term"] != self.registered.term:
@@ -199,7 +198,11 @@ class Rank:
             )
             again = await outcome_within(controller.register.remote(record, self.handle), _HEALTH_PERIOD_S)
             if isinstance(again, Answered):
-                self._take(again.value)
+                self.registered = again.value  # the replica's knowledge; its scheduler hears of the term by commands
+
+    def _is_foreign(self, lineage: str) -> bool:
+        """Epochs of another lineage mean nothing here: only an empty rank may join it."""
+        return self.registered is not None and lineage != self.registered.lineage
 
     def _read_words(self) -> ControlWords:
         self.engine.lose_processor()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import itertools
 from collections.abc import Callable, Coroutine
 from contextvars import Context, ContextVar, copy_context
 from typing import Any
@@ -93,7 +94,6 @@ class VirtualLoop(asyncio.BaseEventLoop):
     """Runs callbacks in the order of their instants, and those of one instant in the order they were scheduled."""
 
     _ready: Any
-    _scheduled: list[asyncio.TimerHandle]
     _stopping: bool
 
     def __init__(self, start_s: float = 1000.0) -> None:
@@ -101,6 +101,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._now_s = start_s
         self._selector = _NoSelector()
         self._num_preempted = 0
+        #: instant, number in the order of scheduling, callback; a heap
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._numbers = itertools.count()
         self.num_callbacks = 0
         #: all there were: one that is dropped in the middle would run its `finally` at any time
         self._tasks: list[asyncio.Task[Any]] = []
@@ -108,6 +111,13 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def time(self) -> float:
         return self._now_s
+
+    def call_at(
+        self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        handle = asyncio.TimerHandle(when, callback, args, self, context)
+        heapq.heappush(self._timers, (when, next(self._numbers), handle))
+        return handle
 
     def resume(self, handles: list[asyncio.Handle]) -> None:
         """Have these run next, in order."""
@@ -133,14 +143,14 @@ class VirtualLoop(asyncio.BaseEventLoop):
             raise ProcessEnded
 
     def _run_once(self) -> None:
-        scheduled, ready = self._scheduled, self._ready
+        timers, ready = self._timers, self._ready
         if not ready:
-            while scheduled and scheduled[0].cancelled():
-                heapq.heappop(scheduled)
-            assert scheduled, "nothing will ever happen any more"
-            self._now_s = max(self._now_s, scheduled[0].when())
-        while scheduled and scheduled[0].when() <= self._now_s:
-            ready.append(heapq.heappop(scheduled))
+            while timers and timers[0][2].cancelled():
+                heapq.heappop(timers)
+            assert timers, "nothing will ever happen any more"
+            self._now_s = max(self._now_s, timers[0][0])
+        while timers and timers[0][0] <= self._now_s:
+            ready.append(heapq.heappop(timers)[2])
         for _ in range(len(ready)):
             if not ready or self._stopping:  # emptied by callbacks that ran inside another one
                 return

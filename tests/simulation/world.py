@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import Context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
@@ -50,10 +50,11 @@ class Result:
 class World:
     """One run. `run` may be called once."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, **changes: Any) -> None:
+        """changes: fields of the plan that are not drawn but given."""
         self.seed = seed
         self.chance = Random(seed)
-        self.plan = Plan.draw(self.chance)
+        self.plan = replace(Plan.draw(self.chance), **changes)
         self.loop = VirtualLoop(_START_S)
         self.trace = Trace(self.loop.time)
         self.settings = ControlSettings(lease_s=self.plan.lease_s, step_grace_s=self.plan.step_grace_s)
@@ -158,9 +159,11 @@ class World:
 
     def _plan_traffic(self) -> None:
         plan, chance = self.plan, self.chance
-        self.clients.may_abort = "abort" in plan.modes
+        self.clients.may_abort = "abort" in plan.modes or plan.num_aborts > 0
         for _ in range(plan.num_requests):
             self.later(chance.uniform(0.3, plan.length_s), self.clients.ask)
+        for _ in range(plan.num_aborts):
+            self.later(chance.uniform(0.6, plan.length_s), self.callers.abort)
         for number in range(plan.num_flushes):
             arguments = plan.flush(chance, number)
             self.later(chance.uniform(0.6, plan.length_s), self.callers.flush, arguments)
@@ -222,6 +225,6 @@ def _faults_of_production(oracle: Oracle) -> Iterator[None]:
             logger.propagate = propagate
 
 
-def run(seed: int) -> Result:
-    """One world from its seed."""
-    return World(seed).run()
+def run(seed: int, **changes: Any) -> Result:
+    """One world from its seed, and from what is given of its plan."""
+    return World(seed, **changes).run()
