@@ -1,12 +1,12 @@
 """200 flushes of each mode on a real server whose ranks are never idle.
 
-    python -m benchmarks.flush_modes_bench [--ranks 2] [--flushes 200] [--every 0.5] [--modes wait drain ...]
+    python -m benchmarks.flush_modes_bench [--ranks 2] [--flushes 200] [--every 0.4] [--modes wait drain ...]
 
 `tidegate serve` with ranks of the small demo model; clients in a process of their own keep every rank's batch full and
 half of each prompt is common to all, so that there is something to flush. Flushes go to `POST /v1/cache/flush`, one
 after the other, `--every` seconds apart at the least. Windows of 40 flushes and calm ones without any alternate, and so
 do the modes: `dip` is the median, over the windows of a mode, of the share of tokens per second that it lacks beside
-the calm windows before and after it.
+the calm windows before and after it, and `cost` the same as milliseconds of full throughput for each flush.
 
 `wait` needs an idle instant and never gets one: it shows what the others are for. `drain` holds new requests back until
 the running ones have ended. `retract` and `abort` end at the next step boundary of each rank, `fence` waits for
@@ -35,7 +35,7 @@ from engine.flush import FLUSH_MODES, FlushMode
 #: what a flush may take; a step grace makes that of retract, abort and fence 5 s
 TIMEOUT_S: dict[FlushMode, float] = {"wait": 0.25, "drain": 10.0, "retract": 0.25, "abort": 0.25, "fence": 0.25}
 FLUSHES_A_WINDOW = 40
-CALM_S = 5.0
+CALM_S = 4.0
 #: batch of a rank, and clients for each rank: always some that wait
 MAX_RUNNING = 8
 CLIENTS_A_RANK = 10
@@ -52,6 +52,7 @@ class Outcome:
     door_ms: list[float] = field(default_factory=list)
     num_successes: int = 0
     dips: list[float] = field(default_factory=list)
+    costs_ms: list[float] = field(default_factory=list)
     num_whole: int = 0
     num_aborted: int = 0
     num_lost: int = 0
@@ -62,13 +63,16 @@ class Outcome:
         times = [_of_hundred(values, rank) for values in all_times for rank in (50, 99)]
         cells = [
             mode, num_flushes, f"{self.num_successes / num_flushes:.1%}", *(f"{time_ms:.1f}" for time_ms in times),
-            f"{median(self.dips):.1%}", self.num_whole, self.num_aborted, self.num_lost,
+            f"{median(self.dips):.1%}", f"{median(self.costs_ms):.0f}", self.num_whole, self.num_aborted, self.num_lost,
         ]  # fmt: skip
         return f"| {' | '.join(map(str, cells))} |"
 
 
-HEAD = """| mode | flushes | success | p50 ms | p99 | inside p50 | p99 | door p50 | p99 | dip | whole | aborted | lost |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
+COLUMNS = (
+    "mode", "flushes", "success", "p50 ms", "p99", "inside p50", "p99", "door p50", "p99", "dip", "cost ms", "whole",
+    "aborted", "lost",
+)  # fmt: skip
+HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
 def _of_hundred(values: list[float], rank: int) -> float:
@@ -127,9 +131,12 @@ def measure(url: str, num_ranks: int, num_flushes: int, every_s: float, modes: l
         calm = calm_window(clients)
         for _ in range(num_windows):
             for mode, outcome in outcomes.items():
+                begin = time.monotonic()
                 busy = flush_window(client, clients, mode, num_flushes // num_windows, every_s, outcome)
+                length_s = time.monotonic() - begin
                 before, calm = calm, calm_window(clients)
                 outcome.dips.append(1 - busy / fmean([before, calm]))
+                outcome.costs_ms.append(1e3 * outcome.dips[-1] * length_s / (num_flushes // num_windows))
         totals = clients.end()
     print(f"{num_ranks} ranks, {CLIENTS_A_RANK * num_ranks} clients ({describe_machine()})")
     print(HEAD)
@@ -146,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--flushes", type=int, default=200)
-    parser.add_argument("--every", type=float, default=0.5, help="seconds")
+    parser.add_argument("--every", type=float, default=0.4, help="seconds")
     parser.add_argument("--modes", nargs="+", choices=FLUSH_MODES, default=list(FLUSH_MODES))
     arguments = parser.parse_args()
     settings = {"engine": {"device": "cpu", "max_running": MAX_RUNNING}}
