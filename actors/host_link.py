@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 _CALL_TIMEOUT_S = 5.0
 _CLAIM_TIMEOUT_S = 10.0
+#: a call waits this long for a tier that is gone, then it is answered as lost; Ray starts an actor anew in 1 to 3 s
+_PATIENCE_S = 5.0
 #: between two claims while the tier cannot be reached, or its memory is being reserved
 _RETRY_S = 0.5
 #: after a refusal that settings alone can change: a rank of another layout may have left meanwhile
@@ -117,12 +119,15 @@ class HostLink:
 
     # ---------------------------------------------------------------------------------------------------------- inside
     async def _run(self, answer: HostPlace | HostPending | HostRefused) -> None:
+        loop = asyncio.get_running_loop()
+        had_tier_s = loop.time()
         while True:
             if isinstance(answer, HostPlace) and await self._take(answer):
                 self.message = ""
                 assert self._calls is not None
                 await self._carry(self._calls)
-            elif self._calls is not None:
+                had_tier_s = loop.time()
+            elif self._calls is not None and loop.time() - had_tier_s >= _PATIENCE_S:
                 self.num_lost += self._calls.lose_all()
             await pause(self._retry_s(answer))
             answer = await self._ask()
@@ -204,8 +209,9 @@ class HostLink:
             if not isinstance(outcome, Answered):
                 log.warning("the host tier did not answer: %s", outcome.message)
                 self._tier = None
-            call.lost()
-            self.num_lost += 1
+            if not calls.try_again(call):
+                call.lost()
+                self.num_lost += 1
             return
 
 
@@ -214,6 +220,8 @@ class _Call:
     send: Callable[[Any], Awaitable[Any]]
     answered: Callable[[Any], None]
     lost: Callable[[], None]
+    #: carried out twice it does the same as once
+    may_repeat: bool = False
 
 
 class _Calls:
@@ -249,7 +257,11 @@ class _Calls:
         def lost() -> None:
             self._answers.commit_lost(entries)
 
-        self._put(_Call(lambda tier: tier.commit_pages.remote(self.caller, list(entries)), answered, lost))
+        def send(tier: Any) -> Awaitable[Any]:
+            # said twice, a page that the first call has committed is refused: its slot is leased to nobody
+            return tier.commit_pages.remote(self.caller, list(entries))
+
+        self._put(_Call(send, answered, lost, may_repeat=True))
 
     def reconcile(self, held: Sequence[SlotRef]) -> None:
         def answered(not_ours: list[SlotRef]) -> None:
@@ -277,6 +289,13 @@ class _Calls:
                 return self._queue.popleft()
             self._has_work.clear()
             await self._has_work.wait()
+
+    def try_again(self, call: _Call) -> bool:
+        """Carry a call once more, before all others, if it can be repeated and was not yet."""
+        if not call.may_repeat or self._has_ended:
+            return False
+        self._queue.appendleft(replace(call, may_repeat=False))
+        return True
 
     def lose_all(self) -> int:
         """Answer every call that waits as lost; how many they were. What has no answer is dropped."""

@@ -29,6 +29,8 @@ from pathlib import Path
 #: first word of the answer on standard output: the lock is held / a living server (its pid follows) has it
 READY = "ready"
 BUSY = "busy"
+#: last word of a server that ends by its own will: nothing of it need stay for the next one
+LEFT = b"left"
 #: processes that fork while they are being killed are hunted for this long
 _HUNT_S = 6.0
 #: the cleanup needs less than _HUNT_S and some file operations
@@ -53,12 +55,12 @@ def hold(root: Path, ray_temp: Path, mark: str, owner: int) -> int:
     family = Family(mark, owner, os.getsid(owner), int(_start_time_of(owner)), root / "cwd", ray_temp)
     sys.stdout.write(f"{READY}\n")
     sys.stdout.flush()
-    sys.stdin.buffer.read()
+    has_left = sys.stdin.buffer.read() == LEFT
     family.end(_HUNT_S)
     for folder in {root, ray_temp}:
         sweep_sockets(folder)
     if _SHARED_MEMORY.is_dir():
-        sweep_pages(_SHARED_MEMORY)
+        sweep_pages(_SHARED_MEMORY, with_kv=has_left)
     return 0
 
 
@@ -153,16 +155,18 @@ def sweep_sockets(folder: Path) -> list[Path]:
     return dead
 
 
-def sweep_pages(folder: Path) -> list[Path]:
+def sweep_pages(folder: Path, with_kv: bool = False) -> list[Path]:
     """Remove the control pages in `folder` that no living process writes or reads; returns what was removed.
 
-    A file that also holds KV pages stays: the next server with the same name adopts it (cache/shared_file.py).
+    with_kv: files that hold KV pages too. After a crash they stay: the next server takes them over, warm
+    (cache/orphans.py).
     """
     removed: list[Path] = []
     for lock in folder.glob("tidegate-*.lock"):
         page = lock.with_suffix(".kv")
         try:
-            if (page.exists() and page.stat().st_size > _PAGE_BYTES) or not _is_unlocked(lock):
+            holds_kv = page.exists() and page.stat().st_size > _PAGE_BYTES
+            if (holds_kv and not with_kv) or not _is_unlocked(lock):
                 continue
         except OSError:  # another user's, or gone meanwhile
             continue

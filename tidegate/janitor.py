@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -58,10 +59,15 @@ class Janitor:
         """End this process with `status`, as soon as everything that it started is gone; within 10 s in any case.
 
         The process is replaced by a small one that waits: Ray's own code in here would complain, and may end the
-        process, when the cluster under it is killed. The life line to the cleanup process closes with the exec.
+        process, when the cluster under it is killed. The life line to the cleanup process closes with the exec. The
+        last word on it says that this is no crash, so that the cache in shared memory goes too.
         """
         sys.stdout.flush()
         sys.stderr.flush()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # somebody has killed the cleanup
+            self._process.stdin.write(cleanup.LEFT)
+            self._process.stdin.flush()
         os.execv(sys.executable, [*_PROGRAM, "wait", str(self._process.pid), str(status)])

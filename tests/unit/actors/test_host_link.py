@@ -221,7 +221,7 @@ def test_a_rank_without_its_agent_starts_and_gets_the_tier_later(tmp_path: Path)
     run(scenario())
 
 
-def test_lost_answers_are_said_and_the_same_file_goes_on_after_a_restart(tmp_path: Path) -> None:
+def test_a_commit_outlives_a_restart_and_other_answers_are_said_to_be_lost(tmp_path: Path) -> None:
     async def scenario() -> None:
         world = World(tmp_path)
         link = world.link()
@@ -229,30 +229,48 @@ def test_lost_answers_are_said_and_the_same_file_goes_on_after_a_restart(tmp_pat
         await until(lambda: len(world.copiers) == 1)
         copier, actor = world.copier, world.actor
         assert actor is not None
-        copier.ask(lambda calls: calls.lease(2))
+        copier.ask(lambda calls: calls.lease(3))
         await until(lambda: copier.answers == ["leased"])
         actor.is_lost = True
-        copier.write(KEYS[0])
         copier.ask(lambda calls: calls.lease(1))
-        await until(lambda: copier.answers[1:] == ["commit_lost", "lease_failed"])
+        await until(lambda: copier.answers[1:] == ["lease_failed"])
+        copier.write(KEYS[0])
         world.restart_tier()
         actor.is_lost = False
-        copier.ask(lambda calls: calls.reconcile(copier.writer.held()))
-        await until(lambda: len(copier.answers) == 4)
-        # claimed again before or after: it may have been answered as lost once more
-        while copier.answers[-1] != "reconciled":
-            assert copier.answers[-1] == "reconcile_failed"
-            number = len(copier.answers)
-            copier.ask(lambda calls: calls.reconcile(copier.writer.held()))
-            await until(lambda number=number: len(copier.answers) > number)
-        copier.write(KEYS[1])
         await until(lambda: copier.answers[-1] == "committed")
+        copier.ask(lambda calls: calls.reconcile(copier.writer.held()))
+        await until(lambda: copier.answers[-1] == "reconciled")
         assert len(world.copiers) == 1
         report = world.node.store.report()
         assert report is not None
-        # the slot whose commit was lost was written by nobody any more: reconciling has freed it
-        assert (report.committed, report.leased, report.quarantined) == (1, 0, 0)
-        assert link.facts()["num_lost_calls"] >= 2
+        assert (report.committed, report.leased, report.quarantined) == (1, 2, 0)
+        link.close()
+        world.node.store.close()
+
+    run(scenario())
+
+
+def test_a_tier_that_stays_away_loses_what_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_link, "_PATIENCE_S", 0.02)
+    monkeypatch.setattr(host_link, "_RETRY_S", 0.01)
+
+    async def scenario() -> None:
+        world = World(tmp_path)
+        link = world.link()
+        await link.begin()
+        await until(lambda: len(world.copiers) == 1)
+        copier, actor = world.copier, world.actor
+        assert actor is not None
+        copier.ask(lambda calls: calls.lease(1))
+        await until(lambda: copier.answers == ["leased"])
+        actor.is_lost = True
+        copier.write(KEYS[0])
+        await until(lambda: copier.answers[1:] == ["commit_lost"])
+        copier.ask(lambda calls: calls.reconcile([]))
+        await until(lambda: copier.answers[2:] == ["reconcile_failed"])
+        assert not link.facts()["is_attached"]
+        actor.is_lost = False
+        await until(lambda: link.facts()["is_attached"])
         link.close()
         world.node.store.close()
 
@@ -262,6 +280,7 @@ def test_lost_answers_are_said_and_the_same_file_goes_on_after_a_restart(tmp_pat
 def test_a_frozen_tier_is_waited_for_no_longer_than_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_link, "_CALL_TIMEOUT_S", 0.02)
     monkeypatch.setattr(host_link, "_CLAIM_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(host_link, "_PATIENCE_S", 0.02)
 
     async def scenario() -> None:
         world = World(tmp_path)

@@ -107,3 +107,6 @@ def test_only_control_pages_that_nobody_uses_are_removed(tmp_path: Path) -> None
     assert sorted(path.name for path in removed) == ["tidegate-dead.kv", "tidegate-dead.lock"]
     assert len(list(tmp_path.iterdir())) == 7
     assert len(sweep_pages(tmp_path)) == 4
+    # after an end in good order nobody will take it over
+    removed = sweep_pages(tmp_path, with_kv=True)
+    assert sorted(path.name for path in removed) == ["tidegate-arena.kv", "tidegate-arena.lock"]
