@@ -39,7 +39,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Neutral = tuple[Any, ...]
 #: how clients write that they do not use a field, whatever its type
 OFF: Neutral = (None, False, [], {}, "")
-NO_GRAMMAR = "constrained output is not offered"
+NO_GRAMMAR = "use json_schema (response_format on OpenAI's routes), regex or ebnf"
 
 #: unknown fields of one body, nested ones included: looking for a misspelt one takes 1 ms each
 _MAX_UNKNOWN = 32

@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 
 from configs.errors import InvalidField
 from deployments.core import ApiCore
+from deployments.grammar_fields import checked, one_grammar
 from deployments.native_models import DEFAULT_NEW_TOKENS, GenerateBody, SamplingBody
 from deployments.sampling import sampling_params
 from deployments.sampling_fields import seed_of_choice, stop_strings
 from deployments.sequences import SequenceJob, sequence_ids
-from engine.request import SamplingParams
+from engine.request import Grammar, SamplingParams
 
 T = TypeVar("T")
 
@@ -30,14 +31,23 @@ async def native_jobs(core: ApiCore, body: GenerateBody) -> tuple[list[SequenceJ
     encoded = await core.prompt_tokens(prompts, param)
     jobs: list[SequenceJob] = []
     for tokens, sampling, num_logprobs in zip(encoded, samplings, logprobs, strict=True):
-        params = _sampling(core, sampling, tokens, num_logprobs)
+        params = _sampling(core, sampling, tokens, num_logprobs, await _grammar(sampling))
         for choice in range(sampling.n):
             seeded = replace(params, seed=seed_of_choice(params.seed, choice))
             jobs.append(_job(body, sampling, ids[len(jobs)], tokens, seeded))
     return jobs, request_id
 
 
-def _sampling(core: ApiCore, body: SamplingBody, tokens: bytes, num_logprobs: int | None) -> SamplingParams:
+async def _grammar(body: SamplingBody) -> Grammar | None:
+    grammar, field = one_grammar(
+        regex=body.regex, ebnf=body.ebnf, json_schema=body.json_schema, within="sampling_params."
+    )
+    return await checked(grammar, field)
+
+
+def _sampling(
+    core: ApiCore, body: SamplingBody, tokens: bytes, num_logprobs: int | None, grammar: Grammar | None
+) -> SamplingParams:
     asked_as = "sampling_params.max_new_tokens"
     return sampling_params(
         core,
@@ -46,6 +56,7 @@ def _sampling(core: ApiCore, body: SamplingBody, tokens: bytes, num_logprobs: in
         max_new_tokens=core.new_tokens(len(tokens) // 4, body.max_new_tokens, DEFAULT_NEW_TOKENS, asked_as),
         min_new_tokens=body.min_new_tokens,
         num_logprobs=num_logprobs,
+        grammar=grammar,
         min_tokens_param="sampling_params.min_new_tokens",
     )
 

@@ -22,6 +22,7 @@ from deployments.bodies import (
     few_ids,
     field_error,
 )
+from deployments.grammar_fields import GrammarText, JsonSchema
 from deployments.sampling_fields import (
     LogitBias,
     MinP,
@@ -49,9 +50,6 @@ NumTopLogprobs = Annotated[int, Field(ge=0, le=20)]
 
 class SamplingBody(Body):
     REFUSED: ClassVar[dict[str, tuple[Neutral, str]]] = {
-        "json_schema": (OFF, NO_GRAMMAR),
-        "regex": (OFF, NO_GRAMMAR),
-        "ebnf": (OFF, NO_GRAMMAR),
         "structural_tag": (OFF, NO_GRAMMAR),
         "stop_regex": (OFF, "stop expressions are not offered; use stop"),
         "custom_params": (OFF, "custom code in requests is not offered"),
@@ -76,6 +74,10 @@ class SamplingBody(Body):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     logit_bias: LogitBias | None = None
+    #: what the output must follow, at most one of the three; a schema as JSON text, as SGLang takes it, or as an object
+    json_schema: GrammarText | JsonSchema | None = None
+    regex: GrammarText | None = None
+    ebnf: GrammarText | None = None
     n: NumSequences = 1
 
 

@@ -24,6 +24,7 @@ from deployments.bodies import (
     TokenIds,
     field_error,
 )
+from deployments.grammar_fields import GrammarText, ResponseFormat
 from deployments.sampling_fields import (
     LogitBias,
     MinP,
@@ -61,10 +62,7 @@ class OpenAIBody(Body):
         "tool_choice": ((None, "none", "auto"), _NO_TOOLS),
         "functions": (OFF, _NO_TOOLS),
         "function_call": ((None, "none", "auto"), _NO_TOOLS),
-        "response_format": ((None, {"type": "text"}), NO_GRAMMAR),
         "json_schema": (OFF, NO_GRAMMAR),
-        "regex": (OFF, NO_GRAMMAR),
-        "ebnf": (OFF, NO_GRAMMAR),
         "structural_tag": (OFF, NO_GRAMMAR),
         "guided_json": (OFF, NO_GRAMMAR),
         "guided_regex": (OFF, NO_GRAMMAR),
@@ -113,6 +111,10 @@ class OpenAIBody(Body):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     logit_bias: LogitBias | None = None
+    #: what the output must follow, at most one of the three
+    response_format: ResponseFormat | None = None
+    regex: GrammarText | None = None
+    ebnf: GrammarText | None = None
     rid: RequestIdText | None = None
     request_id: RequestIdText | None = None
     #: isolation: prefixes are shared only between requests of the same one (vLLM's name, and SGLang's)

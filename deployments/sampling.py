@@ -7,7 +7,7 @@ from typing import Protocol
 
 from deployments.core import ApiCore
 from deployments.sampling_fields import bias_pairs, greedy_if_cold, seed_in_range
-from engine.request import SamplingParams
+from engine.request import Grammar, SamplingParams
 
 
 class SamplingFields(Protocol):
@@ -43,6 +43,7 @@ def sampling_params(
     max_new_tokens: int,
     min_new_tokens: int,
     num_logprobs: int | None,
+    grammar: Grammar | None,
     min_tokens_param: str,
 ) -> SamplingParams:
     """Checked against the model. min_tokens_param: the name of `min_new_tokens` in this body, for errors.
@@ -64,6 +65,7 @@ def sampling_params(
         stop_token_ids=tuple(body.stop_token_ids or ()),
         num_logprobs=num_logprobs,
         logit_bias=bias_pairs(body.logit_bias),
+        grammar=grammar,
     )
     core.check_sampling(sampling, min_tokens_param)
     return sampling

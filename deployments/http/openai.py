@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 from configs.errors import InvalidField
 from deployments.core import ApiCore
+from deployments.grammar_fields import checked, one_grammar
 from deployments.http.door import Door, JsonResponse
 from deployments.http.openai_shapes import ChatShape, CompletionShape, Shape, usage
 from deployments.http.streaming import EventStream, event, first_of, unless_gone
@@ -20,7 +21,7 @@ from deployments.openai_models import ChatBody, CompletionBody, OpenAIBody
 from deployments.sampling import sampling_params
 from deployments.sampling_fields import seed_of_choice, stop_strings
 from deployments.sequences import Answer, Piece, SequenceJob, collected, sequence_ids
-from engine.request import SamplingParams
+from engine.request import Grammar, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,8 @@ class OpenAIRoutes:
         shape: Shape,
         headers: dict[str, str],
     ) -> Response:
-        jobs = self._jobs(shape.request_id, body, prompts, asked_as)
+        grammar, field = one_grammar(regex=body.regex, ebnf=body.ebnf, response_format=body.response_format)
+        jobs = self._jobs(shape.request_id, body, prompts, asked_as, await checked(grammar, field))
         pieces = self.core.stream(shape.request_id, jobs)
         if not body.stream:
             answers = await unless_gone(request.receive, collected(pieces, len(jobs)))
@@ -80,7 +82,12 @@ class OpenAIRoutes:
         return EventStream(_events(first, pieces, len(jobs), body, shape), pieces, headers)
 
     def _jobs(
-        self, request_id: str, body: CompletionBody | ChatBody, prompts: Sequence[bytes], asked_as: str
+        self,
+        request_id: str,
+        body: CompletionBody | ChatBody,
+        prompts: Sequence[bytes],
+        asked_as: str,
+        grammar: Grammar | None,
     ) -> list[SequenceJob]:
         """One job per prompt and choice, choices of a prompt side by side, as OpenAI numbers them."""
         n = body.num_sequences
@@ -88,7 +95,7 @@ class OpenAIRoutes:
         jobs: list[SequenceJob] = []
         for tokens in prompts:
             max_new = self.core.new_tokens(len(tokens) // 4, body.max_new_tokens, None, asked_as)
-            sampling = self._sampling(body, max_new)
+            sampling = self._sampling(body, max_new, grammar)
             for choice in range(n):
                 jobs.append(
                     SequenceJob(
@@ -104,7 +111,9 @@ class OpenAIRoutes:
                 )
         return jobs
 
-    def _sampling(self, body: CompletionBody | ChatBody, max_new_tokens: int) -> SamplingParams:
+    def _sampling(
+        self, body: CompletionBody | ChatBody, max_new_tokens: int, grammar: Grammar | None
+    ) -> SamplingParams:
         return sampling_params(
             self.core,
             body,
@@ -112,6 +121,7 @@ class OpenAIRoutes:
             max_new_tokens=max_new_tokens,
             min_new_tokens=body.min_tokens,
             num_logprobs=body.num_logprobs,
+            grammar=grammar,
             min_tokens_param="min_tokens",
         )
 

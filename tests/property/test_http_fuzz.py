@@ -58,6 +58,7 @@ sampling = {
     "stop": st.one_of(st.text(min_size=1, max_size=3), st.lists(st.text(min_size=1, max_size=3), max_size=4)),
     "stop_token_ids": st.lists(st.integers(0, 511), max_size=4),
     "logit_bias": st.dictionaries(st.sampled_from(["5", "511"]), st.sampled_from([-100, 0, 100]), max_size=2),
+    "regex": st.sampled_from(["", "a+", "[0-9]{1,3}", "(é|🌊)*"]),
     "ignore_eos": st.booleans(),
     "skip_special_tokens": st.booleans(),
     "no_stop_trim": st.booleans(),

@@ -25,6 +25,7 @@ from deployments.http.app import build_http_app
 from deployments.http.door import Door
 from deployments.model_card import read_model_card
 from deployments.tokenizer import Tokenizer
+from engine.grammar import GrammarBook
 from engine.models import LoadedModel
 from tests.unit.actors.fakes import rank_record
 from tests.unit.actors.planes import World
@@ -74,7 +75,9 @@ async def serving(
     **control: Any,
 ) -> AsyncIterator[Server]:
     """A server for the length of the block; afterwards every engine thread has ended."""
-    ranks = [LocalRank(demo.model, rank, f"incarnation-{rank}") for rank in range(num_ranks)]
+    facts = demo.model.facts
+    grammars = GrammarBook(demo.directory / "tokenizer.json", facts.vocab_size, facts.eos_token_ids)
+    ranks = [LocalRank(demo.model, rank, f"incarnation-{rank}", grammars) for rank in range(num_ranks)]
     around = World()
     stack = AsyncExitStack()
     plane = await stack.enter_async_context(around.start(**control))

@@ -21,6 +21,7 @@ from cache.device_cache import DeviceCache
 from configs.errors import RankLost
 from engine.events import AbortRequested, RequestArrived
 from engine.flush import FlushCommand, FlushVerdict
+from engine.grammar import GrammarBook
 from engine.limits import SchedulerLimits
 from engine.loop import EngineLoop
 from engine.models import LoadedModel
@@ -37,12 +38,12 @@ Stream = asyncio.Queue["Output | RankLost"]
 class LocalRank:
     """One engine loop in a thread, with the methods that the controller calls on a rank."""
 
-    def __init__(self, model: LoadedModel, rank: int, incarnation: str) -> None:
+    def __init__(self, model: LoadedModel, rank: int, incarnation: str, grammars: GrammarBook | None = None) -> None:
         facts = model.facts
         self.rank = rank
         self.incarnation = incarnation
         self.max_len = facts.max_len
-        runner = ModelRunner(model, NUM_PAGES, PAGE_SIZE)
+        runner = ModelRunner(model, NUM_PAGES, PAGE_SIZE, grammars=grammars)
         limits = SchedulerLimits(
             max_running=32,
             max_step_tokens=512,

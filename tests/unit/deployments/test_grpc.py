@@ -229,7 +229,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tokenized": {"input_ids": [1]}, "sampling_params": {"temperature": "NaN"}}, "sampling_params.temperature"),
     ({"tokenized": {"input_ids": [1]}, "sampling_params": {"temperature": -1}}, "sampling_params.temperature"),
     ({"tokenized": {"input_ids": [1]}, "sampling_params": {"top_p": 2}}, "sampling_params.top_p"),
-    ({"tokenized": {"input_ids": [1]}, "sampling_params": {"regex": "a+"}}, "regex"),
+    ({"tokenized": {"input_ids": [1]}, "sampling_params": {"regex": "a("}}, "regex"),
     ({"tokenized": {"input_ids": [1]}, "sampling_params": {"max_new_tokens": 1_000_000}}, "max_new_tokens"),
     ({"tokenized": {"input_ids": [1]}, "request_id": "a#1"}, "rid"),
     ({"tokenized": {"input_ids": [1]}, "mm_inputs": {"image_urls": ["x"]}}, "mm_inputs"),
