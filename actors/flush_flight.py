@@ -246,6 +246,7 @@ class FlushFlight:
             dry_run=request.dry_run,
             index=run.index,
             valid_until_s=boot_s + order.valid_until_s - now_s,
+            lineage=self._tools.log.state.lineage,
             sub_epoch=run.sub_epoch,
         )
 

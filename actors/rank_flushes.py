@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable
 
+from configs.errors import ConfigError
 from engine.flush import FlushCommand, FlushKey, FlushVerdict
 from engine.loop import EngineLoop
 
@@ -28,9 +29,17 @@ class RankFlushes:
         self._told_epoch = told_epoch
         self._refused = refused
         self._is_serving = False
+        #: lineage of the controller that told this rank to flush before it served
+        self._told_by = ""
 
-    def serve(self) -> None:
-        """The engine begins to serve: from now on it may hold something."""
+    def serve(self, lineage: str = "") -> None:
+        """The engine begins to serve: from now on it may hold something.
+
+        Raises ConfigError if the rank was told an epoch of another lineage, whose log was lost before it joined: no
+        epoch of the one it joins could be compared with it.
+        """
+        if self._told_by not in ("", lineage):
+            raise ConfigError("a controller of another lineage has told this rank to flush; only a new one may join")
         self._is_serving = True
 
     async def flush(self, command: FlushCommand) -> FlushVerdict:
@@ -45,6 +54,7 @@ class RankFlushes:
             self._refused(command, offered)
             return offered
         if not self._is_serving:
+            self._told_by = command.lineage
             engine.end_unstarted_flush(offered)
             self._told_epoch(command.epoch)
         left_s = offered.deadline_s - engine.now_s()

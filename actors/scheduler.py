@@ -129,7 +129,7 @@ class SchedulerActor:
             link = host_link(self._record, registered, self._engine.loop.attach_tier, self._find_tier)
             await link.begin()
             self._host = link
-        self._flushes.serve()
+        self._flushes.serve(registered.lineage)
         self._thread = threading.Thread(target=self._run_engine, name="engine", daemon=True)
         self._thread.start()
         self._report()

@@ -64,6 +64,8 @@ class FlushCommand:
     #: CLOCK_BOOTTIME of the rank's machine in seconds: past it the command is not begun, however long it lay in a
     #: buffer or the rank was frozen (hole H25); never later than what is left of the budget
     valid_until_s: float = math.inf
+    #: random id of the sender's log: epochs and terms of two lineages have nothing to do with each other
+    lineage: str = ""
     #: of a scoped flush: what replaces the scope's part in the keys of pages computed from now on; 0: no scope
     sub_epoch: int = 0
 

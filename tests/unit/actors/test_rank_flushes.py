@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
+import pytest
+
 from actors.rank_flushes import RankFlushes
+from configs.errors import ConfigError
 from engine.flush import FlushCommand, FlushVerdict
 from tests.fakes import FakeRank, flush_command
 from tests.unit.actors.planes import run
@@ -82,6 +85,17 @@ def test_before_it_serves_a_rank_has_nothing_to_flush_and_remembers_the_epoch() 
         assert (verdict.status, verdict.epoch, verdict.freed_pages) == ("flushed", 9, 0)
         assert rank.told == [9]
         assert await rank.flushes.flush(command) == verdict
+
+    run(scenario())
+
+
+def test_a_rank_that_another_lineage_has_told_an_epoch_does_not_serve() -> None:
+    async def scenario() -> None:
+        rank = Flushes(is_serving=False)
+        await rank.flushes.flush(replace(flush_command("f", epoch=9), lineage="lost"))
+        with pytest.raises(ConfigError, match="another lineage"):
+            rank.flushes.serve("new")
+        rank.flushes.serve("lost")
 
     run(scenario())
 
