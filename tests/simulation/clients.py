@@ -80,7 +80,7 @@ class Clients:
         cut, tail = chance.randint(2, len(stem)), [chance.randint(50, 60) for _ in range(chance.randint(0, 5))]
         sampling = SamplingParams(temperature=0.0, max_new_tokens=chance.choice((1, 2, 6)), ignore_eos=True)
         request = Request(request_id, tokens_of([*stem[:cut], *tail]), sampling, chance.choice(NAMESPACES))
-        self._oracle.received(request_id)
+        self._oracle.received(request)
         self.asked[request_id] = Asked(request, rank)
         self._send(request, rank)
         if self.may_abort and chance.random() < 0.05:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.log_records import FlushIntent, TakeOver, decode_entry
@@ -17,6 +17,8 @@ from actors.messages import AbortCommand
 from configs.schema import ControlSettings
 from engine.flush import STEP_MODES, FlushCommand, FlushVerdict
 from engine.flush_gate import PendingFlush
+from engine.request import Request
+from tests.fakes import tokens_of
 from tests.simulation.controller import Controller
 from tests.simulation.rank import Rank
 from tests.simulation.trace import Trace
@@ -51,8 +53,11 @@ class Oracle:
         self._loop = loop
         self._ranks = ranks
         self._instants = itertools.count(1)
-        #: epoch -> instant of its intent, flush that has it
-        self._epochs: dict[int, tuple[int, str]] = {}
+        #: epoch or sub-epoch -> instant of its intent, flush that has it
+        self._begun: dict[int, tuple[int, str]] = {}
+        #: namespace, and beginning of prompts -> instant since which KV in this scope may be reused
+        self._promised_spaces: dict[str, int] = {}
+        self._promised_stems: dict[bytes, int] = {}
         self._newest_term = 0
         #: request -> what had been promised when it was received
         self._received: dict[str, Promise] = {}
@@ -84,23 +89,27 @@ class Oracle:
     def stored(self, index: int, data: bytes) -> None:
         """A record was created."""
         record = decode_entry(data).record
-        if isinstance(record, FlushIntent) and record.takes_epoch:
-            self.require(index not in self._epochs, f"invariant 4: epoch {index} is allotted twice")
-            self._epochs[index] = (self.now(), record.request.flush_id)
+        if isinstance(record, FlushIntent):
+            self.require(index not in self._begun, f"invariant 4: epoch {index} is allotted twice")
+            self._begun[index] = (self.now(), record.request.flush_id)
         elif isinstance(record, TakeOver):
             self._newest_term = index
             self._trace.tell("log", f"record {index}: a controller takes over")
 
     def log_was_lost(self) -> None:
         """A new lineage begins; what was promised stays promised, by instants and no longer by epochs."""
-        self._epochs.clear()
+        self._begun.clear()
         self.promise = Promise(0, self.promise.began)
         self._received = {request_id: Promise(0, known.began) for request_id, known in self._received.items()}
 
     # ------------------------------------------------------------------------------------------------- requests
-    def received(self, request_id: str) -> None:
+    def received(self, request: Request) -> None:
         """The first byte of a request has come."""
-        self._received[request_id] = self.promise
+        scoped = [
+            self._promised_spaces.get(request.namespace, 0),
+            *(began for stem, began in self._promised_stems.items() if request.tokens.startswith(stem)),
+        ]
+        self._received[request.request_id] = replace(self.promise, began=max(self.promise.began, *scoped))
 
     def read(self, rank: Rank, request_id: str, admitted: int, epoch: int) -> None:
         """A step of a request attends to KV of this origin."""
@@ -201,7 +210,7 @@ class Oracle:
             not (is_late_floor and answer["floor_raised"]), f"G4: {answer['mode']} failed and raised the floor"
         )
         if answer["success"] and not answer["dry_run"]:
-            self._check_success(answer, rows)
+            self._check_success(answer, rows, arguments.get("scope"))
 
     def _check_punctuality(self, controller: Controller, arguments: Mapping[str, Any], begun_s: float) -> None:
         settings = self._settings
@@ -234,16 +243,16 @@ class Oracle:
             if epoch and not answer["floor_raised"]:
                 self._barred.add((incarnation, epoch))
 
-    def _check_success(self, answer: dict[str, Any], rows: Mapping[str, str]) -> None:
+    def _check_success(self, answer: dict[str, Any], rows: Mapping[str, str], scope: Mapping[str, Any] | None) -> None:
         """Nobody who serves may match anything older from this instant on."""
         self.require(any(status in ("flushed", "fenced", "joined") for status in rows.values()), "no rank lives")
         epoch = answer["epoch"]
-        if not epoch:
-            return
-        known = self._epochs.get(epoch)
+        known = self._begun.get(epoch or answer["sub_epoch"])
         if known is None or known[1] != answer["flush_id"]:
-            self.require(False, f"invariant 4: epoch {epoch} of {answer['flush_id']} was never stored as its own")
+            self.require(False, f"invariant 4: the epoch of {answer['flush_id']} was never stored as its own: {answer}")
             return
+        if not epoch:
+            return self._promise_scope(known[0], scope)
         for rank in self._ranks():
             if rank.is_serving:
                 is_covered = self._is_covered(rank, epoch)
@@ -252,6 +261,15 @@ class Oracle:
             self.promise = Promise(epoch, known[0])
             self.on_promise()
         self._trace.count("promises")
+
+    def _promise_scope(self, began: int, scope: Mapping[str, Any] | None) -> None:
+        """From now on nothing older in this scope; an age says nothing of what was computed a moment before."""
+        assert scope is not None, "a flush without an epoch has a scope"
+        if "namespace" in scope:
+            self._promised_spaces[scope["namespace"]] = began
+        elif "prefix_tokens" in scope:
+            self._promised_stems[tokens_of(scope["prefix_tokens"])] = began
+        self._trace.count("scoped promises")
 
     # ------------------------------------------------------------------------------------------------- the truth
     def _may_match(self, rank: Rank) -> tuple[bool, int]:

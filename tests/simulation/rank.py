@@ -16,6 +16,7 @@ from actors.messages import AbortCommand, Registered
 from actors.rank_flushes import RankFlushes
 from actors.rank_words import RankWords
 from actors.ray_errors import Answered, CallFailed, outcome_of, outcome_within
+from configs.errors import ConfigError
 from engine.control_words import ControlWords
 from engine.events import AbortRequested, RequestArrived
 from engine.flush import FlushCommand, FlushVerdict
@@ -141,7 +142,11 @@ class Rank:
         if registered is None:
             self.process.kill()
             return
-        self._join(registered)
+        try:
+            self._join(registered)
+        except ConfigError:
+            self.process.kill()
+            return
         self.process.loop.call_later(_REPORT_PERIOD_S, self._look, context=self.process.context())
         while True:
             await asyncio.sleep(_HEALTH_PERIOD_S)
@@ -165,7 +170,7 @@ class Rank:
         self.registered = registered
         self.term = max(self.term, registered.term)
         self.engine.see_term(registered.term)
-        self.flushes.serve()
+        self.flushes.serve(registered.lineage)
         self.engine.start()
 
     def _attach(self, registered: Registered) -> None:

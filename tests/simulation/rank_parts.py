@@ -61,7 +61,7 @@ class WitnessRunner(FakeRunner):
     def __init__(self, cache: WitnessCache, rows: Callable[[], tuple[Row, ...]]) -> None:
         super().__init__(cache.num_pages, cache.page_size)
         self._cache = cache
-        self._rows = rows
+        self._rows_out = rows
         #: per slot: the oldest admission, and the lowest epoch, of anything it was computed from
         self._origins = np.zeros((cache.num_pages * cache.page_size, 2), dtype=np.int64)
         #: told of each row that reuses KV: whose it is, the oldest admission and the lowest epoch of what it reuses
@@ -69,11 +69,11 @@ class WitnessRunner(FakeRunner):
         self.admissions = lambda: [(hold.epoch, hold.generation) for hold in self._holds()]
 
     def _holds(self) -> list[PageHold]:
-        return [row.sequence.hold for row in self._rows() if row.sequence.hold is not None]
+        return [row.sequence.hold for row in self._rows_out() if row.sequence.hold is not None]
 
     def _compute(self, batch: Batch, slots: list[np.ndarray]) -> list[int]:
         totals = super()._compute(batch, slots)
-        for row, hold, q_len, row_slots in zip(self._rows(), self._holds(), batch.q_lens, slots, strict=True):
+        for row, hold, q_len, row_slots in zip(self._rows_out(), self._holds(), batch.q_lens, slots, strict=True):
             origin = (self._cache.admitted[hold], int(hold.epoch))
             reused = self._origins[row_slots[: hold.num_cached_tokens]]
             if len(reused):

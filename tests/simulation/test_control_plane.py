@@ -24,7 +24,16 @@ NUM_DEEP_PARTS = 24
 MUST_HAPPEN = (
     *(f"{mode} flushed" for mode in FLUSH_MODES),
     *(f"row {verdict}" for verdict in ("flushed", "fenced", "joined", "gone", "expired", "timed_out", "refused")),
-    *("row unreachable", "wait superseded", "wait cancelled", "fence in_progress", "promises", "matches", "aborts"),
+    *(
+        "row unreachable",
+        "wait superseded",
+        "wait cancelled",
+        "fence in_progress",
+        "promises",
+        "scoped promises",
+        "matches",
+        "aborts",
+    ),
     *("ended length", "ended abort", "ended error"),
     *(f"fault {name}" for name in FAULTS),
 )
