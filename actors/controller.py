@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from actors.apart import apart
 from actors.clock import BootClock, Clock
 from actors.control_log import ControlLog
 from actors.control_plane import ControlPlane
@@ -84,7 +85,7 @@ class ControllerActor:
 
     async def register(self, record: RankRecord, handle: Any) -> Registered:
         """A rank's first call; see ControlPlane.register."""
-        return await self._plane.register(record, handle)
+        return await apart(self._plane.register(record, handle))
 
     async def renew(self, renewal: NodeRenewal, handle: Any) -> LeaseAnswer:
         """A node's agent asks for a lease; see ControlPlane.renew."""
@@ -127,7 +128,7 @@ class ControllerActor:
             "timeout_s": timeout_s, "mode": mode, "tiers": tiers, "scope": scope, "flush_id": flush_id,
             "dry_run": dry_run, "caller": caller,
         }  # fmt: skip
-        return await self._plane.flush(**unknown, **known)
+        return await apart(self._plane.flush(**unknown, **known))
 
     async def flush_status(self, flush_id: Any) -> dict[str, Any]:
         """The answer of a flush by its id, with the verdicts that came after it under `late`; `status: pending` while
@@ -141,7 +142,7 @@ class ControllerActor:
         Answers {success, status: cancelled, flush: its whole answer}; `status: conflict`, `http_status: 409` if it has
         ended or its floor is raised; `status: unknown`, 404 if nobody knows it.
         """
-        return await self._plane.cancel_flush(flush_id, caller)
+        return await apart(self._plane.cancel_flush(flush_id, caller))
 
     async def note_refused(self, call: Any, arguments: Any, message: Any, param: Any = None) -> None:
         """A door has refused a control call before it came here (a body that is no JSON, a field of the wrong type):
@@ -161,7 +162,7 @@ class ControllerActor:
         Answers {success, status, message, num_aborted, ranks}; `success` if every rank answered. Unknown ids are no
         error: a request that has ended already needs no abort.
         """
-        return await self._plane.abort(request_id, all, timeout_s, reason, caller)
+        return await apart(self._plane.abort(request_id, all, timeout_s, reason, caller))
 
     async def status(self, timeout_s: Any = 1.0) -> dict[str, Any]:
         """Epoch, floor, pending flush, a row for each incarnation with what it says of itself, and one for each node:

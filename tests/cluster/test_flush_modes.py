@@ -184,6 +184,18 @@ def test_a_cancelled_flush_leaves_the_busy_rank_as_it_was(server: Server, client
     assert client.delete("/v1/cache/flush/given-up").status_code == 409
 
 
+def test_a_caller_that_hangs_up_does_not_cancel_its_flush(server: Server, client: httpx.Client) -> None:
+    def status() -> str:
+        return client.get("/v1/cache/flush/left-alone").json().get("status", "")
+
+    with long_stream(server):
+        asked = {"flush_id": "left-alone", "timeout_s": 60}
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/cache/flush", json=asked, timeout=httpx.Timeout(10, read=0.5))
+        until(lambda: status() == "pending", 10, "the flush goes on")
+    until(lambda: status() == "flushed", 30, "it is done when the stream has ended")
+
+
 def test_the_audit_log_shows_all_of_them_and_refused_ones(server: Server, client: httpx.Client) -> None:
     refused = flush(server, mode="gently")
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "mode")
