@@ -59,16 +59,18 @@ class RankFlushes:
             self._told_epoch(command.epoch)
         left_s = offered.deadline_s - engine.now_s()
         deadline = asyncio.get_running_loop().call_later(max(0.0, left_s), engine.expire_flush, offered)
-        try:
-            return await asyncio.wrap_future(offered.ended)
-        finally:
-            deadline.cancel()
+        ended = asyncio.wrap_future(offered.ended)
+        ended.add_done_callback(lambda _: deadline.cancel())
+        # A caller that is cancelled takes neither the flush nor its deadline along: a drain would hold requests on.
+        return await asyncio.shield(ended)
 
     async def close(self, key: FlushKey, term: int) -> FlushVerdict:
         """What became of a flush. If it has not begun it never will, even if its command is still on its way."""
         self._engine.see_term(term)
         withdrawn = self._engine.withdraw_flush(key)
-        return withdrawn if isinstance(withdrawn, FlushVerdict) else await asyncio.wrap_future(withdrawn.ended)
+        if isinstance(withdrawn, FlushVerdict):
+            return withdrawn
+        return await asyncio.shield(asyncio.wrap_future(withdrawn.ended))
 
     def is_late(self, valid_until_s: float) -> bool:
         """A command that was valid until then must not be carried out any more."""

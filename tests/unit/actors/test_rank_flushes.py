@@ -11,7 +11,7 @@ from actors.rank_flushes import RankFlushes
 from configs.errors import ConfigError
 from engine.flush import FlushCommand, FlushVerdict
 from tests.fakes import FakeRank, flush_command
-from tests.unit.actors.planes import run
+from tests.unit.actors.planes import run, until
 
 BOOT_S = 5000.0
 
@@ -115,5 +115,23 @@ def test_closing_ends_what_waits_and_forbids_what_has_not_come() -> None:
         # a command of the old term is refused after the new one has spoken
         await rank.flushes.close(("h", 0), 5)
         assert (await rank.flush(flush_command("i", term=4))).status == "refused"
+
+    run(scenario())
+
+
+def test_a_hold_ends_at_its_deadline_although_the_call_was_cancelled() -> None:
+    async def scenario() -> None:
+        rank = Flushes()
+        rank.rank.submit("long", range(1, 20), max_new_tokens=50)
+        rank.rank.turn()
+        flushing = asyncio.create_task(rank.flushes.flush(flush_command("f", "drain", epoch=4, budget_s=0.05)))
+        await asyncio.sleep(0)
+        flushing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await flushing
+        await until(lambda: rank.rank.loop.flush_verdict(("f", 0)) is not None)
+        verdict = rank.rank.loop.flush_verdict(("f", 0))
+        assert verdict is not None
+        assert verdict.status == "timed_out"
 
     run(scenario())
