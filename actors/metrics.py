@@ -9,18 +9,21 @@ from __future__ import annotations
 from collections import Counter as Counts
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from actors.messages import HostReport
+from cache.host_reader import MissReason
+from cache.host_tier import CommitOutcome
+from engine.copy_jobs import HostCounters
 from engine.flush import FlushCommand, FlushVerdict
 from engine.request import Output
 from engine.snapshot import Counters, EngineSnapshot
 
 _WAIT_BOUNDARIES_S = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0]
 
-_PAGE_STATES = ("free", "cached", "pinned", "private", "fenced")
+_PAGE_STATES = ("free", "cached", "pinned", "private", "fenced", "copying")
 
 
 class ControlMetrics:
@@ -182,6 +185,22 @@ class RankMetrics:
         self._pages = _gauge("tidegate_kv_pages", "KV pages of the device pool by state.", "state")
         self._epoch = _gauge("tidegate_rank_epoch", "Epoch of the KV that this rank matches.")
         self._dropped = _gauge("tidegate_rank_dropped_frames", "Frames refused since the rank's start.")
+        self._host_seen = HostCounters()
+        self._host_found = _counter("tidegate_host_found_pages", "Pages that admissions found in the host tier.")
+        self._host_hits = _counter("tidegate_host_loaded_pages", "Pages loaded from the host tier and verified.")
+        self._host_misses = _counter(
+            "tidegate_host_misses", "Chains cut short, by the reason of the page at the cut.", "reason"
+        )
+        self._host_bytes = _counter(
+            "tidegate_host_copied_bytes", "Bytes copied from and to the host tier.", "direction"
+        )
+        self._host_copy_s = _counter("tidegate_host_copy_seconds", "Time that the copier spent on them.", "direction")
+        self._host_writes = _counter(
+            "tidegate_host_written_pages", "Pages written, by what the tier made of them.", "outcome"
+        )
+        self._host_drops = _counter(
+            "tidegate_host_dropped_pages", "Pages that were to be written and were not.", "reason"
+        )
 
     def renumber(self, rank: int) -> None:
         """Serve has given the rank another number. Ray goes on showing what was last set under the old one: nothing."""
@@ -234,6 +253,25 @@ class RankMetrics:
         self._dropped.set(num_dropped_frames, self._rank)
         for state in _PAGE_STATES:
             self._pages.set(getattr(snapshot, f"num_{state}_pages"), self._rank | {"state": state})
+        if snapshot.host is not None:
+            self._report_host(snapshot.host)
+
+    def _report_host(self, now: HostCounters) -> None:
+        """now: replaced as a whole by the engine, never changed."""
+        seen, self._host_seen = self._host_seen, now
+        self._add(self._host_found, now.num_found_pages - seen.num_found_pages)
+        self._add(self._host_hits, now.num_loaded_pages - seen.num_loaded_pages)
+        self._add(self._host_bytes, now.loaded_bytes - seen.loaded_bytes, direction="load")
+        self._add(self._host_bytes, now.written_bytes - seen.written_bytes, direction="write")
+        self._add(self._host_copy_s, now.load_s - seen.load_s, direction="load")
+        self._add(self._host_copy_s, now.write_s - seen.write_s, direction="write")
+        # what may come, and what came: a series is there before its first event
+        for reason in {*get_args(MissReason), *now.misses}:
+            self._add(self._host_misses, now.misses[reason] - seen.misses[reason], reason=reason)
+        for outcome in {*get_args(CommitOutcome), *now.commits}:
+            self._add(self._host_writes, now.commits[outcome] - seen.commits[outcome], outcome=outcome)
+        for reason in now.drops:
+            self._add(self._host_drops, now.drops[reason] - seen.drops[reason], reason=reason)
 
     def _growth(self, now: Counters) -> dict[str, int]:
         names = [field.name for field in fields(Counters)]
@@ -241,7 +279,7 @@ class RankMetrics:
         self._seen = now
         return grown
 
-    def _add(self, counter: Counter, amount: int, **labels: str) -> None:
+    def _add(self, counter: Counter, amount: float, **labels: str) -> None:
         # `inc` refuses 0, but a series that begins with its first event hides that event from rate() and increase().
         counter._record(amount, tags=self._rank | labels)
 

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from ray.util import metrics as ray_metrics
 
-from actors.metrics import ApiMetrics, ControlMetrics, RankMetrics
+from actors.messages import HostReport
+from actors.metrics import ApiMetrics, ControlMetrics, RankMetrics, TierMetrics
+from engine.copy_jobs import HostCounters
 from engine.flush import Blockers, FlushCommand, FlushVerdict
 from engine.request import Output, RequestStats
 from engine.snapshot import Counters, EngineSnapshot
@@ -154,3 +156,44 @@ def test_a_dry_run_is_not_counted_as_a_flush(exported: Exported) -> None:
     for outcome in ("dry_run", "flushed"):
         assert counted("tidegate_flushes", outcome=outcome) == [1]
         assert counted("tidegate_flush_rank_verdicts", verdict=outcome) == [1]
+
+
+def test_the_host_tier_of_a_rank_by_reason_and_direction(exported: Exported) -> None:
+    metrics = RankMetrics(3)
+    first = HostCounters(num_found_pages=4, num_loaded_pages=3, loaded_bytes=30, load_s=0.5)
+    first.misses["absent"] = 2
+    metrics.report(EngineSnapshot(host=first), 0)
+    second = first.copy()
+    second.num_loaded_pages, second.load_s = 5, 0.75
+    second.misses["reused"] += 1
+    second.commits["committed"] += 7
+    second.drops["no_slot"] += 1
+    metrics.report(EngineSnapshot(host=second), 0)
+    assert exported.of("tidegate_host_loaded_pages") == [3, 2]
+    assert exported.of("tidegate_host_copied_bytes", direction="load") == [30, 0]
+    assert exported.of("tidegate_host_copy_seconds", direction="load") == [0.5, 0.25]
+    assert exported.of("tidegate_host_misses", reason="absent") == [2, 0]
+    # there from the first report on, so that its first event is seen as one
+    assert exported.of("tidegate_host_misses", reason="reused") == [0, 1]
+    assert exported.of("tidegate_host_written_pages", outcome="committed") == [0, 7]
+    assert exported.of("tidegate_host_dropped_pages", reason="no_slot") == [1]
+
+
+def test_a_rank_without_a_host_tier_reports_none(exported: Exported) -> None:
+    RankMetrics(3).report(EngineSnapshot(), 0)
+    assert exported.of("tidegate_host_loaded_pages") == []
+
+
+def test_a_nodes_host_tier_and_what_became_of_its_pages(exported: Exported) -> None:
+    metrics = TierMetrics("node-0123456789")
+    node = {"node": "node-0123456"}
+    metrics.report(HostReport("ready", file_bytes=100, free=5, committed=3, valid=2, num_ranks=2), {"committed": 3})
+    metrics.report(HostReport("ready", file_bytes=100, free=4, committed=4, valid=3), {"committed": 4, "evicted": 1})
+    # another file: it counts from 0
+    metrics.report(HostReport("ready"), {"committed": 1})
+    values = {name: exported.values[name, frozenset((node | labels).items())] for name, labels in [
+        ("tidegate_host_slots", {"state": "free"}),
+        ("tidegate_host_valid_pages", {}),
+        ("tidegate_host_tier_pages", {"event": "committed"}),
+    ]}  # fmt: skip
+    assert list(values.values()) == [[5, 4, 0], [2, 3, 0], [3, 1, 1]]
