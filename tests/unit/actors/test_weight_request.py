@@ -33,7 +33,8 @@ def test_exclusions_by_number_or_incarnation() -> None:
     [
         ("colour", "red"), ("kind", "network"), ("kind", 7), ("location", "somewhere"), ("in_flight", "fence"),
         ("flush_cache", 1), ("version", ""), ("cast", "round"), ("exclude", "1"), ("exclude", [-1]),
-        ("exclude", [True]), ("timeout_s", 0), ("timeout_s", float("nan")), ("timeout_s", 601), ("timeout_s", True), ("update_id", "a\nb"),
+        ("exclude", [True]),
+        ("timeout_s", 0), ("timeout_s", float("nan")), ("timeout_s", 601), ("timeout_s", True), ("update_id", "a\nb"),
     ],
 )  # fmt: skip
 def test_bad_arguments_name_their_field(param: str, value: object) -> None:
