@@ -50,7 +50,7 @@ async def test_a_repeated_prompt_names_its_cached_tokens_and_their_epoch(demo: D
         await generate(server, input_ids=prompt, sampling_params=GREEDY)
         meta = (await generate(server, input_ids=prompt, sampling_params=GREEDY))["meta_info"]
     assert meta["cached_tokens"] == 96
-    assert meta["cached_tokens_details"] == {"device": 96}
+    assert meta["cached_tokens_details"] == {"device": 96, "host": 0}
     assert meta["kv_epoch"] == 0
 
 
