@@ -256,6 +256,8 @@ class DeviceCache:
         copy.replace_pages(pages[shared : shared + num_pages].data)
         hold.replace_pages(pages[:shared].data, pages[shared + num_pages :].data)
         hold.birth_s = min(hold.birth_s, birth_s)
+        if hold.node >= 0:  # a stem is at most as old as any hold that pins it
+            self.index.stems.lower_birth(self.index.stem_of(hold.node), birth_s)
         self._num_copying += num_pages
         if hold.is_fenced:
             self._num_fenced -= num_pages

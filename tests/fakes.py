@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 
@@ -18,13 +19,19 @@ from engine.batch import Batch, SampleRow, StepResult
 from engine.control_words import ALWAYS_VALID, ControlWords
 from engine.events import RequestArrived
 from engine.flush import FlushCommand, FlushMode, FlushScope
+from engine.host_calls import HostSettings
 from engine.limits import SchedulerLimits
-from engine.loop import EngineLoop
+from engine.loop import Copier, EngineLoop
 from engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprobs
 from engine.scheduler import Scheduler
 
+#: tokens, numbers, stamps, ages and births of one page's slots
+PageContent: TypeAlias = tuple[np.ndarray, ...]
+
 VOCAB_SIZE = 61
 EOS = 0
+#: the tree generation of KV that came from a host tier
+LOADED = -2
 _MASK = (1 << 64) - 1
 _COEFFICIENTS = np.random.default_rng(20).integers(1, 1 << 63, size=4096, dtype=np.uint64) | np.uint64(1)
 
@@ -93,6 +100,11 @@ class FakeRunner:
         self._deep = rng.integers(0, 1 << 63, size=num_pages * page_size, dtype=np.uint64)
         #: (epoch, tree generation) of the admission that wrote each slot
         self._stamps = np.full((num_pages * page_size, 2), -1, dtype=np.int64)
+        #: number of the step that computed the oldest KV which each slot's KV was computed from, its own included
+        self._ages = np.full(num_pages * page_size, -1, dtype=np.int64)
+        #: the same as a moment of the test's clock
+        self._births = np.zeros(num_pages * page_size)
+        self.now_s: Callable[[], float] = lambda: 0.0
         #: (epoch, tree generation) per row of the batch to come; set by the test, None: not checked
         self.admissions: Callable[[], list[tuple[int, int]]] | None = None
         #: raised by the next run, after it has spoilt the slots it was to write
@@ -114,6 +126,29 @@ class FakeRunner:
         totals = self._compute(batch, slots)
         chosen = [_choose(totals[row], s.banned_ids) for row, s in zip(batch.sample_rows, batch.samples, strict=True)]
         return StepResult(batch.step, chosen, [_logprobs(sample) for sample in batch.samples])
+
+    def page_content(self, page: int) -> PageContent:
+        """What a copy of the page takes along; a copy."""
+        rows = self._rows(page)
+        columns = (self._tokens, self._deep, self._stamps, self._ages, self._births)
+        return tuple(column[rows].copy() for column in columns)
+
+    def put_page(self, page: int, content: PageContent | None) -> None:
+        """A copy from elsewhere lands in the page; None: half of it, or rubbish."""
+        rows = self._rows(page)
+        if content is None:
+            self._deep[rows] = 4711
+            return
+        self._tokens[rows], self._deep[rows], self._stamps[rows], self._ages[rows], self._births[rows] = content
+        self._stamps[rows, 1] = LOADED
+
+    def oldest(self, row: int, batch: Batch) -> tuple[int, float]:
+        """Step and moment of the oldest KV that a row of the batch to come reads; (large, inf) if it reads none."""
+        past = self._slots(batch)[row][: -batch.q_lens[row]]
+        return int(self._ages[past].min(initial=1 << 60)), float(self._births[past].min(initial=np.inf))
+
+    def _rows(self, page: int) -> slice:
+        return slice(page * self._page_size, (page + 1) * self._page_size)
 
     def _slots(self, batch: Batch) -> list[np.ndarray]:
         """Per row: the slots of its context, in order. Checks the arrays against each other on the way."""
@@ -153,6 +188,8 @@ class FakeRunner:
                 deep, total = _add(total, len(past) + position, int(token))
                 self._tokens[slot], self._deep[slot] = token, deep
                 self._stamps[slot] = admission or (-1, -1)
+            self._ages[new] = self._ages[past].min(initial=len(self.batches) - 1)
+            self._births[new] = self._births[past].min(initial=self.now_s())
             totals.append(total)
             start += q_len
         return totals
@@ -164,7 +201,9 @@ class FakeRunner:
 
     def _check_stamps(self, past: np.ndarray, admission: tuple[int, int] | None) -> None:
         """protocol.md, invariant 2: all KV a row reads was computed under its own epoch and tree generation."""
-        if admission is not None and not (self._stamps[past] == admission).all():
+        stamps = self._stamps[past]
+        is_right = (stamps[:, 0] == admission[0]) & np.isin(stamps[:, 1], (admission[1], LOADED)) if admission else True
+        if not np.all(is_right):
             found = sorted(set(map(tuple, self._stamps[past].tolist())))
             raise InvariantError(f"invariant 2: a row admitted under {admission} reads KV of {found}")
 
@@ -204,14 +243,17 @@ class FakeRank:
         max_step_tokens: int = 32,
         max_len: int = 128,
         cache: DeviceCache | None = None,
+        host: HostSettings | None = None,
+        copier: Copier | None = None,
     ) -> None:
         self.clock = FakeClock()
         self.words: ControlWords = ALWAYS_VALID
         self.cache = cache or DeviceCache(num_pages, page_size)
         self.limits = SchedulerLimits(max_running, max_step_tokens, max_len, (EOS,), 1000, VOCAB_SIZE)
-        self.scheduler = Scheduler(self.cache, self.limits)
+        self.scheduler = Scheduler(self.cache, self.limits, host)
         self.runner = FakeRunner(num_pages, page_size)
         self.runner.admissions = self._admissions
+        self.runner.now_s = self.clock
         self.answers: dict[str, Answer] = {}
         self.loop = EngineLoop(
             self.scheduler,
@@ -219,6 +261,7 @@ class FakeRank:
             clock=self.clock,
             read_words=lambda: self.words,
             on_outputs=self._take_outputs,
+            copier=copier,
         )
 
     @property
@@ -275,7 +318,10 @@ def flush_command(
     dry_run: bool = False,
     tiers: tuple[str, ...] = ("device",),
     index: int = 0,
+    sub_epoch: int = 0,
 ) -> FlushCommand:
     """A command with the fields a test does not care about filled in."""
     timeout_s = budget_s if timeout_s is None else timeout_s
-    return FlushCommand(flush_id, mode, tiers, epoch, term, budget_s, timeout_s, scope, dry_run, index)
+    return FlushCommand(
+        flush_id, mode, tiers, epoch, term, budget_s, timeout_s, scope, dry_run, index, sub_epoch=sub_epoch
+    )

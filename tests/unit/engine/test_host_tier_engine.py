@@ -135,21 +135,22 @@ def test_two_ranks_on_one_arena_equal_plain_generation(tmp_path: Path, policy: W
     stems = [rng.integers(0, 512, length).tolist() for length in (60, 90, 130, 170)]
     #: equal questions with equal answers are compared once
     answers: dict[tuple[tuple[int, ...], tuple[int, ...]], Generation] = {}
+    modes: tuple[FlushMode | None, ...] = (None, "fence", "retract", "drain")
     with model_and_node(tmp_path) as (directory, node):
         first, second = Rank(directory, 56, policy, node), Rank(directory, 56, policy, node)
         try:
-            for lap, mode in enumerate((None, "fence", "retract", "drain")):
+            for lap, mode in enumerate(modes):
                 prompts = [
                     stems[n % 4][: int(rng.integers(40, 171))] + rng.integers(0, 512, 9).tolist() for n in range(16)
                 ]
                 num_new = int(rng.integers(2, 8))
                 # asked twice: `selective` copies what is hit
-                laps = (first, prompts, mode), (first, prompts, None), (second, prompts, None)
-                for part, (rank, prompts_of_part, flush) in enumerate(laps):
+                parts: list[tuple[Rank, FlushMode | None]] = [(first, mode), (first, None), (second, None)]
+                for part, (rank, flush) in enumerate(parts):
                     if rank is second and mode is not None:
                         second.offer_flush("fence", epoch=lap)
                         node.page.raise_floor(1, lap)
-                    requests = requests_of(prompts_of_part, num_new, prefix=f"{lap}-{part}-")
+                    requests = requests_of(prompts, num_new, prefix=f"{lap}-{part}-")
                     for prompt, answer in zip(prompts, serve(rank, requests, flush, lap), strict=True):
                         answers[tuple(prompt), tuple(answer.token_ids)] = answer
                     rank.scheduler.check()
