@@ -40,6 +40,7 @@ class ControllerTools:
     settings: ControlSettings
     nodes: Mapping[str, Node]
     find_rank: Callable[[str], Handle | None]
+    tiers: tuple[str, ...]
 
 
 class SilentMetrics(ControlMetrics):
@@ -70,6 +71,7 @@ class Controller:
             clock=node.time, actor_id="controller", cluster="cluster", node_id=node.node_id,
             find_handle=self._find_rank, find_process=self._find_process, ensure_agent=self._ensure_agent,
             in_thread=self._in_thread, end_process=self.process.kill, is_one_machine=False,
+            tiers=tools.tiers,
         )  # fmt: skip
         self._writer = SlowLog(tools.store, node.time, self.process, self._is_cut_off, tools.chance, tools.store_faults)
         self.plane = ControlPlane(self._writer, tools.audit, tools.settings, around, SilentMetrics())

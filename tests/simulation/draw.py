@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from cache.write_policy import WritePolicy
 from engine.flush import FLUSH_MODES
 from tests.simulation.log_writing import StoreFaults
 from tests.simulation.network import Weather
@@ -32,6 +33,8 @@ class Plan:
     length_s: float
     step_s: float
     share_preempted: float
+    #: None: there is no host tier
+    host_policy: WritePolicy | None
     num_requests: int
     num_flushes: int
     #: calls that end all running requests
@@ -62,6 +65,7 @@ class Plan:
             length_s=length_s,
             step_s=chance.choice((0.002, 0.01, 0.01, 0.08)),
             share_preempted=chance.choice((0.0, 0.02, 0.1)),
+            host_policy=chance.choice((None, None, "write_back", "write_through", "write_through_selective")),
             num_requests=chance.choice((15, 30, 45)),
             num_flushes=chance.choice((3, 5, 8)),
             num_aborts=chance.choice((0, 0, 0, 3)),

@@ -102,6 +102,7 @@ class Faults:
         controllers = {controller.process for controller in world.controllers}
         node = self._chance.choice(list(world.nodes.values()))
         self._tell(f"lose-machine {node.node_id}")
+        node.tier.pages.clear()
         for process in list(node.processes):
             if process not in controllers:
                 process.kill()
@@ -111,6 +112,8 @@ class Faults:
         """Ray believes that the controller has died, and starts it elsewhere. The first one lives on: beside it,
         frozen, or on a node that is cut off from the others and the log."""
         world, chance = self._world, self._chance
+        if world.store.is_lost:
+            return
         first = world.controllers[-1]
         node_id = chance.choice(list(world.nodes))
         duration_s = chance.choice(_DURATIONS_S)

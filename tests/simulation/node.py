@@ -9,6 +9,7 @@ from typing import Any
 from actors.messages import ProcessName
 from actors.node_agent import AgentSurroundings, NodeAgent
 from cache.control_page import FileIdentity, NodeWords
+from tests.fake_host import FakeTier
 from tests.simulation.network import Handle, Network
 from tests.simulation.virtual_loop import Process, VirtualLoop
 from tests.unit.actors.nodes import MemoryFile
@@ -71,6 +72,8 @@ class Node:
         #: of the process whose pid is the index
         self.processes: list[Process] = []
         self.file: NodeFile | None = None
+        #: what the ranks of this node share of their KV, if they share it
+        self.tier = FakeTier()
         self.agent: NodeAgent
         self.agent_process: Process
         self._network = network

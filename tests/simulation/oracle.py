@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from actors.log_records import FlushIntent, TakeOver, decode_entry
@@ -143,6 +143,12 @@ class Oracle:
             f"G4: {rank.incarnation} swaps to epoch {epoch} of a flush which it did not carry out",
         )
 
+    def wrote(self, rank: Rank, pages: set[int]) -> None:
+        """A step writes these device pages."""
+        assert rank.copier is not None, "only ranks with a host tier tell"
+        shared = pages & rank.copier.pages_read()
+        self.require(not shared, f"invariant 10: {rank.incarnation} writes {shared}, which a copy still reads")
+
     def offered(self, rank: Rank, command: FlushCommand) -> None:
         self._term_at_offer.setdefault((rank.incarnation, *command.key), rank.term)
         rank.term = max(rank.term, command.term)
@@ -186,7 +192,7 @@ class Oracle:
         pending = [flush for flush in rank.engine._gate._live.values() if flush.claim.state == "pending"]
         self.require(len(pending) <= 1, f"{rank.incarnation} has {len(pending)} pending flushes")
         counts = rank.cache.counts()
-        total = counts.free + counts.cached + counts.pinned + counts.private + counts.fenced
+        total = sum(astuple(counts))
         self.require(total == rank.cache.num_pages, f"invariant 10: {rank.incarnation} has {total} pages")
 
     # -------------------------------------------------------------------------------------------------- answers

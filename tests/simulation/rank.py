@@ -16,15 +16,17 @@ from actors.messages import AbortCommand, Registered
 from actors.rank_flushes import RankFlushes
 from actors.rank_words import RankWords
 from actors.ray_errors import Answered, CallFailed, outcome_of, outcome_within
+from cache.write_policy import WritePolicy
 from configs.errors import ConfigError
 from engine.control_words import ControlWords
-from engine.events import AbortRequested, RequestArrived
+from engine.events import AbortRequested, RequestArrived, TierAttached
 from engine.flush import FlushCommand, FlushVerdict
 from engine.flush_gate import PendingFlush
 from engine.limits import SchedulerLimits
 from engine.request import Output, Request
 from engine.scheduler import Scheduler
 from tests.fakes import EOS, VOCAB_SIZE
+from tests.simulation.host import SlowCopier, host_settings
 from tests.simulation.network import Handle, Network
 from tests.simulation.node import Node
 from tests.simulation.rank_parts import ThreadlessEngine, WitnessCache, WitnessRunner
@@ -48,6 +50,7 @@ class RankWitness(Protocol):
     def swapped(self, rank: Rank, epoch: int) -> None: ...
     def read(self, rank: Rank, request_id: str, admitted: int, epoch: int) -> None: ...
     def offered(self, rank: Rank, command: FlushCommand) -> None: ...
+    def wrote(self, rank: Rank, pages: set[int]) -> None: ...
     def ended(self, rank: Rank, pending: PendingFlush, verdict: FlushVerdict) -> None: ...
     def aborts(self, rank: Rank, command: AbortCommand) -> None: ...
     def took_turn(self, rank: Rank) -> None: ...
@@ -65,6 +68,8 @@ class RankTools:
     find_controller: Callable[[str], Handle | None]
     #: of turns in which the engine thread loses the processor
     share_preempted: float
+    #: None: the ranks have no host tier
+    host_policy: WritePolicy | None
 
 
 class Rank:
@@ -81,8 +86,13 @@ class Rank:
         self.cache = WitnessCache(NUM_PAGES, PAGE_SIZE, witness.now)
         self.cache.on_match = lambda hold: witness.matched(self, int(hold.epoch))
         self.cache.on_swap = lambda epoch: witness.swapped(self, epoch)
-        self.scheduler = Scheduler(self.cache, LIMITS)
+        policy = tools.host_policy
+        self.copier = None if policy is None else SlowCopier(node.tier, self.process, tools.chance)
+        self.scheduler = Scheduler(self.cache, LIMITS, None if policy is None else host_settings(policy))
         self.runner = WitnessRunner(self.cache, lambda: self.scheduler.rows)
+        if self.copier is not None:
+            self.copier.runner = self.runner
+            self.runner.during_run = lambda batch: witness.wrote(self, self.runner.pages_written(batch))
         self.runner.on_read = lambda sequence, admitted, epoch: witness.read(self, sequence.request_id, admitted, epoch)
         self.on_outputs: Callable[[Rank, list[Output]], None] = lambda rank, outputs: None
         self.engine = ThreadlessEngine(
@@ -90,6 +100,7 @@ class Rank:
             clock=node.time.now_s, read_words=self._read_words,
             on_outputs=lambda outputs: self.on_outputs(self, outputs),
             on_flush=lambda pending, verdict: witness.ended(self, pending, verdict),
+            copier=self.copier,
         )  # fmt: skip
         self.engine.after_turn = lambda: witness.took_turn(self)
         self.engine.on_death = lambda error: witness.failed(self.incarnation, error)
@@ -171,6 +182,9 @@ class Rank:
         self.term = max(self.term, registered.term)
         self.engine.see_term(registered.term)
         self.flushes.serve(registered.lineage)
+        if self.copier is not None:
+            sub_epochs = tuple((known.scope, known.index) for known in registered.sub_epochs)
+            self.engine.post(TierAttached(self.copier.tier, registered.lineage, sub_epochs))
         self.engine.start()
 
     def _attach(self, registered: Registered) -> None:
@@ -210,6 +224,8 @@ class Rank:
         return self.registered is not None and lineage != self.registered.lineage
 
     def _read_words(self) -> ControlWords:
+        if self.copier is not None:
+            self.copier.scribble()
         self.engine.lose_processor()
         words = self.words.read()
         self._tools.witness.words_read(self)

@@ -20,7 +20,7 @@ from engine.events import Event
 from engine.loop import EngineLoop
 from engine.plan import Row
 from engine.sequence import Sequence
-from tests.fakes import FakeRunner
+from tests.fakes import FakeRunner, PageContent
 from tests.simulation.virtual_loop import Process, ProcessEnded
 
 #: seconds for which an engine thread is kept from the processor in the middle of a turn
@@ -47,7 +47,7 @@ class WitnessCache(DeviceCache):
 
     def close(self, hold: PageHold) -> None:
         super().close(hold)
-        del self.admitted[hold]
+        self.admitted.pop(hold, None)  # copies are no admissions
 
     def swap(self, epoch: Epoch) -> Swapped:
         swapped = super().swap(epoch)
@@ -68,6 +68,21 @@ class WitnessRunner(FakeRunner):
         self.on_read: Callable[[Sequence, int, int], None] = lambda sequence, admitted, epoch: None
         self.admissions = lambda: [(hold.epoch, hold.generation) for hold in self._holds()]
 
+    def page_content(self, page: int) -> PageContent:
+        return (*super().page_content(page), self._origins[self._rows(page)].copy())
+
+    def put_page(self, page: int, content: PageContent | None) -> None:
+        super().put_page(page, None if content is None else content[:-1])
+        if content is not None:
+            self._origins[self._rows(page)] = content[-1]
+
+    def pages_written(self, batch: Batch) -> set[int]:
+        """Device pages that the step writes."""
+        first_pages = (batch.kv_lens - batch.q_lens) // self._page_size
+        return {
+            page for first, table in zip(first_pages, batch.page_tables, strict=True) for page in table[first:].tolist()
+        }
+
     def _holds(self) -> list[PageHold]:
         return [row.sequence.hold for row in self._rows_out() if row.sequence.hold is not None]
 
@@ -75,7 +90,7 @@ class WitnessRunner(FakeRunner):
         totals = super()._compute(batch, slots)
         for row, hold, q_len, row_slots in zip(self._rows_out(), self._holds(), batch.q_lens, slots, strict=True):
             origin = (self._cache.admitted[hold], int(hold.epoch))
-            reused = self._origins[row_slots[: hold.num_cached_tokens]]
+            reused = self._origins[row_slots[: hold.num_cached_tokens + hold.num_loaded_tokens]]
             if len(reused):
                 admitted, epoch = reused.min(axis=0).tolist()
                 self.on_read(row.sequence, admitted, epoch)

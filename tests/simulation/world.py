@@ -102,7 +102,7 @@ class World:
         faults = FAIR_STORE if self.is_over else self.plan.store_faults
         tools = ControllerTools(
             self.network, self.chance, self.oracle, self.store, faults, self.audit, self.settings, self.nodes,
-            self._find_rank,
+            self._find_rank, ("device",) if self.plan.host_policy is None else ("device", "host"),
         )  # fmt: skip
         controller = Controller(tools, self.nodes[node_id], f"controller-{len(self.controllers) + 1}")
         self.controllers.append(controller)
@@ -111,9 +111,10 @@ class World:
 
     def start_rank(self, number: int, node_id: str) -> None:
         """A new incarnation of a rank number."""
+        plan = self.plan
         tools = RankTools(
-            self.network, self.chance, self.oracle, self.find_controller, self.plan.share_preempted
-        )  # fmt: skip
+            self.network, self.chance, self.oracle, self.find_controller, plan.share_preempted, plan.host_policy
+        )
         rank = Rank(tools, self.nodes[node_id], number, f"rank-{number}.{len(self.ranks)}")
         rank.engine.step_s = self.plan.step_s
         if self.is_over:
@@ -195,6 +196,9 @@ class World:
         require(rank.is_serving, f"{name} has not registered")
         require(rank.words.has_lease, f"{name} has no lease: {rank.node.agent.message}")
         require(counts.free + counts.cached == rank.cache.num_pages, f"{name} has not got its pages back: {counts}")
+        host = rank.engine.snapshot().host
+        self.trace.count("loaded pages", host.num_loaded_pages if host is not None else 0)
+        self.trace.count("written pages", host.num_written_pages if host is not None else 0)
         require(not rank.engine._gate._live, f"{name} still has a flush in its gate")
         faults = rank.cache.sanity_check()
         require(not faults, f"{name}: {faults}")
