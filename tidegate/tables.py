@@ -39,7 +39,8 @@ def flush(answer: Mapping[str, Any]) -> Shown:
     for row in answer.get("ranks") or ():
         table.add_row(*_rank_verdict(row, str(row.get("rank"))))
     for row in answer.get("host_tiers") or ():
-        table.add_row("host", str(row.get("node"))[:12], _verdict(row), "", "", "", "")
+        freed = (str(row.get("freed_pages", 0)), _size(row.get("freed_bytes", 0)))
+        table.add_row("host", str(row.get("node"))[:12], _verdict(row), "", *freed, "")
     for row in answer.get("late") or ():
         table.add_row(*_rank_verdict(row, f"{row.get('rank')}, late"))
     facts = ("mode", "epoch", "took_ms", "flush_id", "dry_run", "replayed", "superseded_by")
