@@ -168,6 +168,7 @@ class Scheduler:
                 return self._turn(event, now_s)
             case StepFinished(result):
                 self._finish_step(result, now_s)
+                self._make_room_ahead()
             case RequestArrived():
                 self._arrive(event, now_s)
             case AbortRequested():
@@ -190,11 +191,16 @@ class Scheduler:
         match event:
             case CopyEnded():
                 self._end_copy(host, event, now_s)
+                self._make_room_ahead()
             case TierAttached(view, lineage, sub_epochs):
                 host.attach(view, lineage, sub_epochs)
                 self._story.tell(now_s, "", "host tier attached" if view else "host tier lost")
             case PagesCommitted(outcomes):
                 host.counters.commits.update(outcomes)
+
+    def _make_room_ahead(self) -> None:
+        if self._host is not None and self._roster.lease_ok:
+            self._host.run_ahead()
 
     def _end_copy(self, host: HostDesk, event: CopyEnded, now_s: float) -> None:
         roster = self._roster
@@ -243,8 +249,6 @@ class Scheduler:
         self._rows = self._plan(now_s)
         if self._host is not None:
             self._is_waiting_for_copies = not self._rows and self._host.num_in_flight > 0
-            if words.lease_ok:
-                self._host.run_ahead()
         if self._rows:
             self._step += 1
             commands.append(RunBatch(build_batch(self._step, self._rows, cache.page_size)))

@@ -34,6 +34,8 @@ class FakeTier:
 
     number: int = 1
     pages: dict[bytes, StoredPage] = field(default_factory=dict)
+    #: raised behind the ranks by a flush by age
+    birth_floor_s: float = 0.0
     #: called before each look
     before_look: Callable[[], None] = lambda: None
 
@@ -52,7 +54,8 @@ class FakeTier:
 
     def known(self, keys: PageKeys, epoch: Epoch) -> NDArray[np.bool_]:
         self.before_look()
-        return np.array([key in self.pages for key in split_keys(keys)], np.bool_)
+        pages = [self.pages.get(key) for key in split_keys(keys)]
+        return np.array([page is not None and page.birth_s >= self.birth_floor_s for page in pages], np.bool_)
 
     def boot_ns(self, engine_s: float) -> int:
         return int(engine_s * 1e9)
