@@ -96,7 +96,7 @@ class MemoryTags:
         Between two steps; from then on `obstacle` keeps everybody waiting, paused or not. Raises Conflict while
         requests run.
         """
-        due = [tag for tag in tags if self._places[tag] != "released"]
+        due: list[Tag] = [tag for tag in tags if self._places[tag] != "released"]
         if due and num_running:
             message = f"{num_running} requests run; pause_generation (abort or retract) before memory is released"
             raise Conflict(message, "tags")
