@@ -17,7 +17,7 @@ from rich.console import Console
 
 from configs.errors import ConfigError, TidegateError
 from configs.load import load_settings
-from configs.schema import Settings
+from configs.schema import ControlSettings, Settings
 from tidegate import tables
 from tidegate.cache_commands import audit, cache, flush
 from tidegate.client import ADMIN_KEY_VARIABLE, Client, Unreachable
@@ -106,10 +106,24 @@ def serve(
 def _settings(config: Path | None, given: dict[str, Any], pairs: list[str]) -> Settings:
     """The settings of a server: the file's, over them the options that were given, over these `--set`."""
     overrides = {name: value for name, value in given.items() if value is not None}
+    named = _named_values(pairs)
     if config is None and "model.path" not in overrides:
-        # the demo shows what one rank cannot: verdicts of several
+        # the demo shows what one rank cannot: verdicts of several, and a cache that they share
         overrides.setdefault("dp", 2)
-    return load_settings(config, overrides | _named_values(pairs))
+        if not any(name.startswith(("host_tier.", "control.shared_dir")) for name in named):
+            overrides.setdefault("host_tier.size_gb", _demo_host_tier_gb())
+            # its device pools hold all that a visitor says: written back on eviction, nothing would outlive a kill
+            overrides["host_tier.write_policy"] = "write_through"
+    return load_settings(config, overrides | named)
+
+
+def _demo_host_tier_gb() -> float:
+    """A quarter GiB where there is shared memory to spare, as on most machines; a container often has 64 MiB in all."""
+    try:
+        shared = os.statvfs(ControlSettings().shared_dir)
+    except OSError:
+        return 0.0
+    return 0.25 if shared.f_blocks * shared.f_frsize >= 1024**3 else 0.0
 
 
 def _serve(settings: Settings) -> NoReturn:

@@ -4,18 +4,22 @@ process gone. Paths are made absolute, the shape checked and ports settled befor
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import httpx
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
 from ray.serve.schema import ApplicationStatusOverview, LoggingConfig
 
+from actors.detached import find_actor
+from actors.messages import CONTROLLER_NAME
+from actors.ray_errors import Answered, outcome_within
 from configs.errors import ConfigError, ServiceError
 from configs.resolve import Hardware, resolve
 from configs.schema import Settings
@@ -30,6 +34,7 @@ from tidegate.stop_signals import StopSignals
 APP_NAME = "tidegate"
 _POLL_S = 0.25
 _READY_TIMEOUT_S = 60.0
+_STATUS_TIMEOUT_S = 5.0
 
 #: the application of settings; `deployments.app.bind`
 Bind = Callable[[Settings], serve.Application]
@@ -66,6 +71,8 @@ class LocalServer:
             _deploy(settings, application)
             if not (self._until_running(state) and self._until_healthy(settings)):
                 return
+        if settings.host_tier.is_on and not self._until_reserved(settings):
+            return
         self._progress.note(welcome.text(settings, resolved.device, local_ray, state))
         self._stop.wait()
         self._progress.note("Stopping")
@@ -113,6 +120,27 @@ class LocalServer:
             if self._stop.wait(_POLL_S):
                 return False
         raise ServiceError(f"the application runs, but {url} does not answer 200 after {_READY_TIMEOUT_S:g} s")
+
+    def _until_reserved(self, settings: Settings) -> bool:
+        """Show how far the host tier's memory is; False if an end was asked for. Ranks serve meanwhile, without it."""
+        rows: list[dict[str, Any]] = []
+        with self._progress.step(f"Reserving {settings.host_tier.size_gb:g} GiB for the host tier"):
+            for _ in range(int(_READY_TIMEOUT_S / _POLL_S)):
+                rows = _host_tiers()
+                while rows and any(row["status"] == "reserving" for row in rows):
+                    done, total = (sum(row[name] for row in rows) >> 20 for name in ("reserved_bytes", "file_bytes"))
+                    self._progress.update(f"Reserving memory for the host tier: {done} of {total} MiB")
+                    if self._stop.wait(_POLL_S):
+                        return False
+                    rows = _host_tiers()
+                if rows and all(row["status"] in ("ready", "failed") for row in rows):
+                    break
+                if self._stop.wait(_POLL_S):
+                    return False
+        for row in rows:
+            if row["status"] != "ready":
+                self._progress.note(f"note: no host tier yet: {row['message'] or row['status']}")
+        return True
 
     def _leave(self, status: int) -> NoReturn:
         """A signal at a moment from which nothing can go on."""
@@ -167,6 +195,15 @@ def _deploy(settings: Settings, application: serve.Application) -> None:
     )
     target = serve.RunTarget(target=application, name=APP_NAME, route_prefix="/")
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+
+
+def _host_tiers() -> list[dict[str, Any]]:
+    """The host tiers as the controller knows them; none before its first word."""
+    controller: Any = find_actor(CONTROLLER_NAME)
+    if controller is None:
+        return []
+    outcome = asyncio.run(outcome_within(controller.status.remote(), _STATUS_TIMEOUT_S))
+    return outcome.value["host_tiers"] if isinstance(outcome, Answered) else []
 
 
 def _counts(app: ApplicationStatusOverview) -> str:
