@@ -122,7 +122,7 @@ class HostCopier:
     # ------------------------------------------------------------------------------------------------ copier thread
     def _run(self) -> None:
         while not self._is_stopping:
-            self._drain_inbox()
+            self._drain(self._idle_s())
             if self._loads:
                 self._load(self._loads.popleft())
             elif self._writes:
@@ -131,12 +131,12 @@ class HostCopier:
                 num_waiting = sum(len(write.job.pages) - write.num_done for write in self._writes)
                 is_idle = not self._loads and not (self._writes and self._tier[1].may_write)
                 self._tier[1].next_calls(num_waiting, is_idle=is_idle)
+        self._drain(0.0)
         for job in [*self._loads, *(write.job for write in self._writes)]:
             self._post(CopyEnded(job.copy_id, 0, "stopped"))
 
-    def _drain_inbox(self) -> None:
-        """Take in what has come; wait for something if there is nothing to copy now."""
-        timeout_s = self._idle_s()
+    def _drain(self, timeout_s: float) -> None:
+        """Take in what has come; if that is nothing, wait so long for something."""
         try:
             message = self._inbox.get(timeout_s > 0, None if timeout_s == math.inf else timeout_s)
             while True:

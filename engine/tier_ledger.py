@@ -46,6 +46,7 @@ class TierLedger:
         self._is_reconciling = False
         #: the tier had no slot, or did not answer: asked again when there is something new to write
         self._is_refused = False
+        self._is_closed = False
 
     @property
     def may_write(self) -> bool:
@@ -75,7 +76,10 @@ class TierLedger:
     def leased(self, lease: SlotLease) -> None:
         self._is_leasing = False
         self._is_refused = not lease.slots
-        self.writer.accept(lease)
+        if self._is_closed:
+            self._calls.release(lease.slots)
+        else:
+            self.writer.accept(lease)
 
     def lease_failed(self) -> None:
         self._is_leasing = False
@@ -102,14 +106,13 @@ class TierLedger:
 
     def close(self) -> None:
         """Commit what is written and give the rest back; no answer is waited for."""
-        if self._needs_reconcile:
-            return
+        self._is_closed = True
         entries = self.writer.take_commits()
         if entries:
             self._calls.commit(entries)
         written = {SlotRef(entry.slot, entry.generation) for entry in entries}
         rest = [ref for ref in self.writer.held() if ref not in written]
-        if rest and not self._num_commits_open:
+        if rest:
             self._calls.release(rest)
         self.writer.lose(rest)
 

@@ -237,7 +237,7 @@ def test_pages_the_tier_has_leave_without_a_copy() -> None:
     rank = HostRank("write_back")
     for lap in range(2):
         for number in range(6):
-            rank.ask(f"{lap}-{number}", [10 * number + n for n in range(12)])
+            rank.ask(f"{lap}-{number}", [9 * number + n for n in range(12)])
     assert rank.host.num_known_pages > 0
     assert rank.host.num_written_pages == len(rank.tier.pages)
 
