@@ -6,6 +6,7 @@ every rank serves the old version.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -16,9 +17,11 @@ from actors import weight_events as events
 from engine.flush import Blockers
 from engine.weight_desk import WeightDesk
 from engine.weight_update import IN_FLIGHT_MODES, InFlightMode
+from tests.property.weight_walk import Walk
 from tests.property.weight_world import World
 
 NODES = ("node-0", "node-1")
+NUM_SEEDS, NUM_MOVES = 100, 250
 node_ids = st.sampled_from(NODES)
 places = st.integers(0, 10**6)
 
@@ -230,6 +233,24 @@ WeightTransaction.TestCase.settings = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 TestWeightTransaction = WeightTransaction.TestCase
+
+
+# ---------------------------------------------------------------------------------------------------- seeded walks
+def test_seeded_walks() -> None:
+    """Longer than the machine above takes them; a failure names its seed."""
+    seen: Counter[str] = Counter()
+    for seed in range(NUM_SEEDS):
+        walk = Walk(seed)
+        try:
+            walk.run(NUM_MOVES)
+            walk.heal()
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+        seen.update(answer["status"] for _, answer in walk.world.answers)
+        seen["commits"] += walk.world.num_commits
+    # walks that never come so far test nothing
+    assert min(seen[name] for name in ("updated", "laggards", "interrupted", "timed_out", "refused", "in_doubt")) > 0
+    assert seen["commits"] > NUM_SEEDS
 
 
 # ---------------------------------------------------------------------------- schedules that chance seldom finds
