@@ -1,7 +1,7 @@
 """Faults put into production code on purpose: each takes one rule of protocol.md away, and must be noticed.
 
-A mutation replaces one function or method. Those of the page's last paragraph are here but for three that concern the
-host tier (`host_mutations.py`); the others are the rows of its table of a simulation that came before the code.
+A mutation replaces one function or method. Those of the page's last paragraph are here but for two that concern slots
+and bytes of the host tier (`test_host_tier.py`); the others are rows of its table.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from actors.node_agent import NodeAgent
 from actors.rank_words import RankWords
 from cache.control_page import ControlPageWriter, FileIdentity
 from cache.device_cache import DeviceCache
+from cache.page_counts import Swapped
 from cache.page_hold import PageHold
-from cache.types import TokenBytes
+from cache.types import Epoch, TokenBytes
 from engine.control_words import ControlWords
 from engine.events import TurnStarted
 from engine.flush_gate import FlushGate
@@ -78,6 +79,18 @@ def _publish_under_the_current_epoch(
 
 
 _publish = DeviceCache.publish
+
+
+def _free_pages_of_copies(self: DeviceCache, epoch: Epoch) -> Swapped:
+    """`DeviceCache.swap` that takes copies for past: their pages go back to the pool while they run (hole H13)."""
+    for hold in self.holds:
+        if hold.is_copy and hold.num_shared_pages == 0:
+            self._num_copying -= hold.num_private_pages
+            hold.replace_pages(b"")
+    return _swap(self, epoch)
+
+
+_swap = DeviceCache.swap
 
 
 async def _keep_the_file(self: NodeAgent, lineage: str) -> None:
@@ -162,6 +175,11 @@ ALL = (
         "floor first in wait",
         ((FlushPlan, "raises_floor_first", property(lambda self: self.takes_epoch)),),
         _BUSY | {"modes": ("wait",)},
+    ),
+    Mutation(
+        "free a page at flush with its copy running",
+        ((DeviceCache, "swap", _free_pages_of_copies),),
+        _BUSY | {"modes": ("fence", "retract"), "host_policy": "write_back"},
     ),
     Mutation(
         "no lineage",

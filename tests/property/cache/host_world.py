@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 
@@ -69,6 +70,8 @@ class HostWorld:
         self.now_ns = 0
         self.num_written = 0
         self.tickets: list[tuple[HostMatch, list[bytes]]] = []
+        #: what a reader is that others overtake; the simulation's loads words out of order
+        self.overtaken_reader: Callable[..., OvertakenReader] = OvertakenReader
         self.generations = [0] * NUM_SLOTS
         #: what has happened so often, so that a test can tell that it tests something
         self.seen: Counter[str] = Counter()
@@ -337,7 +340,7 @@ class HostWorld:
             while steps and num_steps - len(steps) < due:
                 steps.pop(0)()
 
-        reader = OvertakenReader(self.arena, self.seen_page, self.verification, pause)
+        reader = self.overtaken_reader(self.arena, self.seen_page, self.verification, pause)
         self.load(reader, reader.look_up(b"".join(keys), Epoch(rank.epoch)), keys)
         for step in steps:
             step()
