@@ -312,7 +312,7 @@ class HostStore:
         if opened.holders:
             reason = identity.difference(opened.file.page) or "it is another one"
             ranks = f"{len(opened.holders)} rank(s) of this node use it"
-            return HostRefused(f"the node's host tier cannot be used by this rank: {reason}; {ranks}", is_final=True)
+            return HostRefused(f"the node's host tier cannot be used by this rank: {reason}; {ranks}", is_final=False)
         opened.file.retire()
         self._open = None
         self._opened.clear()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from actors import file_keeper
+from actors.free_memory import free_memory_bytes
 from actors.node_processes import NodeClock, NodeProcesses
 from cache.control_page import FileIdentity
 from cache.orphans import inherit, sweep
@@ -73,5 +74,11 @@ class NodeFiles:
     ) -> OwnedFile:
         nonce = secrets.randbits(62) + 1
         return FileMaker(
-            identity, NodeProcesses(), NodeClock(), self._fence, nonce=nonce, on_progress=on_progress
+            identity,
+            NodeProcesses(),
+            NodeClock(),
+            self._fence,
+            nonce=nonce,
+            free_memory_bytes=free_memory_bytes(),
+            on_progress=on_progress,
         ).open(paths)

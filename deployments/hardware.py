@@ -8,6 +8,7 @@ from pathlib import Path
 
 import ray
 
+from actors.free_memory import free_memory_bytes
 from cache.orphans import dead_bytes
 from configs.errors import ConfigError
 from configs.resolve import Hardware
@@ -78,9 +79,7 @@ def shared_bytes(directory: Path) -> int:
     if not directory.is_dir():
         raise ConfigError(f"control.shared_dir: {directory} is not a directory")
     file_system = os.statvfs(directory)
-    facts = dict(line.split(":", 1) for line in _MEMORY.read_text().splitlines())
-    available = int(facts["MemAvailable"].split()[0]) * 1024
-    return min(file_system.f_bavail * file_system.f_frsize, available) + dead_bytes(directory)
+    return min(file_system.f_bavail * file_system.f_frsize, free_memory_bytes()) + dead_bytes(directory)
 
 
 def _first_line(path: Path, absent: str) -> str:

@@ -197,9 +197,25 @@ def test_calls_are_carried_in_order_and_answered(tmp_path: Path) -> None:
 def test_a_rank_that_can_never_have_the_tier_does_not_start(tmp_path: Path) -> None:
     async def scenario() -> None:
         world = World(tmp_path)
-        await Rank(world.node, 12).claim_it()
-        with pytest.raises(ConfigError, match="another layout"):
-            await world.link(layout_digest="other").begin()
+        with pytest.raises(ConfigError, match="holds no page"):
+            await world.link(page_bytes=1 << 30).begin()
+        world.node.store.close()
+
+    run(scenario())
+
+
+def test_a_rank_of_another_layout_serves_without_the_tier_until_its_users_have_left(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        user = Rank(world.node, 12)
+        await user.claim_it()
+        link = world.link(layout_digest="other")
+        await link.begin()
+        assert "another layout" in link.facts()["message"]
+        await world.node.store.leave(user.claim.incarnation)
+        await until(lambda: len(world.copiers) == 1)
+        await until(lambda: link.facts()["is_attached"])
+        link.close()
         world.node.store.close()
 
     run(scenario())
