@@ -5,7 +5,7 @@
     staged = staging.finish()                all checks are done; `staged.digest` is what the rank votes with
     live.commit(staged, version)             engine thread, between two steps   (or: drop `staged`, nothing has changed)
 
-**Why pointers are swapped.** A commit assigns `parameter.data`: two references per weight, 1-2 us each, no byte moves,
+**Why pointers are swapped.** A commit assigns `parameter.data`: a reference per weight, 3-6 us each, no byte moves,
 and nothing in it can fail half way, because shapes, dtypes and devices were compared before. `copy_` would move the
 whole model inside the step boundary (16 GB: 1 s at 16 GB/s) and an error in it would leave a mixture. Nothing holds
 on to the old addresses: there are no captured graphs, and attention keeps only views of the KV pool. The price is
