@@ -11,6 +11,8 @@ import ray.exceptions
 
 from actors.clock import BootClock, Clock
 from actors.end_proofs import EndProof, LocalEnd
+from actors.host_messages import HostDropped
+from actors.host_store import HostStore
 from actors.messages import ProcessName
 from actors.node_agent import AgentSurroundings, NodeAgent
 from cache.control_page import NUM_CONTROL_WORDS, ControlPageWriter, FileIdentity
@@ -34,9 +36,16 @@ class MemoryFile:
 class FakeNode:
     """One node: an agent that can be killed, frozen and cut off, and the page that outlives it."""
 
-    def __init__(self, node_id: str, controller: Callable[[], Any], clock: Clock | None = None) -> None:
-        """controller: the handle that the agent finds now; None: there is none."""
+    def __init__(
+        self,
+        node_id: str,
+        controller: Callable[[], Any],
+        clock: Clock | None = None,
+        host: HostStore | None = None,
+    ) -> None:
+        """controller: the handle that the agent finds now; None: there is none.  host: its host tier, if it has one."""
         self.node_id = node_id
+        self.host = host
         self.clock = clock or BootClock()
         self.file: MemoryFile | None = None
         self.agent: NodeAgent
@@ -54,6 +63,7 @@ class FakeNode:
             clock=self.clock, node_id=self.node_id, directory="/memory", file_name=self.node_id,
             open_file=self._open_file, find_controller=self._find_controller, own_handle=self,
             find_process=lambda name: self.find_process(name), pid_namespace="here", in_thread=asyncio.to_thread,
+            host=self.host,
         )  # fmt: skip
         self.agent = NodeAgent(around)
         self._running = asyncio.create_task(self.agent.run(), name=f"agent-of-{self.node_id}")
@@ -92,6 +102,22 @@ class FakeNode:
     @property
     def until_gone(self) -> Remote:
         return Remote(self._call(lambda: self.agent.until_gone))
+
+    @property
+    def drop_host(self) -> Remote:
+        return Remote(self._call(lambda: self._host.drop_all))
+
+    @property
+    def drop_host_older(self) -> Remote:
+        async def drop_older(age_s: float) -> HostDropped:
+            return await self._host.drop_older(int((self.clock.now_s() - age_s) * 1e9))
+
+        return Remote(self._call(lambda: drop_older))
+
+    @property
+    def _host(self) -> HostStore:
+        assert self.host is not None
+        return self.host
 
     def _call(self, method: Callable[[], Callable[..., Awaitable[Any]]]) -> Callable[..., Awaitable[Any]]:
         async def call(*args: Any) -> Any:

@@ -16,6 +16,7 @@ from actors.clock import BootClock, Clock
 from actors.control_log import ControlLog
 from actors.control_plane import ControlPlane
 from actors.end_proofs import LocalEnd, process_name
+from actors.host_store import HostStore
 from actors.log_stores import LogStore, MemoryStore
 from actors.log_thread import LogThread
 from actors.metrics import ControlMetrics
@@ -61,6 +62,8 @@ class World:
     #: how often a controller ended its process
     num_ended: int = 0
     is_one_machine: bool = True
+    #: host tiers by node; with one the deployment has that tier
+    hosts: dict[str, HostStore] = field(default_factory=dict)
     #: nodes whose clock is not the controller's
     clocks: dict[str, Clock] = field(default_factory=dict)
 
@@ -68,7 +71,7 @@ class World:
         """A node, with its agent started when it is first asked for."""
         if node_id not in self.nodes:
             clock = self.clocks.get(node_id, self.clock)
-            self.nodes[node_id] = FakeNode(node_id, lambda: self.controller, clock)
+            self.nodes[node_id] = FakeNode(node_id, lambda: self.controller, clock, self.hosts.get(node_id))
             self.nodes[node_id].start()
         return self.nodes[node_id]
 
@@ -88,7 +91,7 @@ class World:
             clock=self.clock, actor_id="controller-actor", cluster="cluster", node_id=NODE,
             find_handle=self.find_handle, find_process=lambda record: LocalEnd.of(process_name(record)),
             ensure_agent=self.ensure_agent, in_thread=asyncio.to_thread, end_process=self.end_process,
-            is_one_machine=self.is_one_machine,
+            is_one_machine=self.is_one_machine, tiers=("device", "host") if self.hosts else ("device",),
         )  # fmt: skip
         writer = LogThread(ControlLog(self.store, self.clock))
         plane = ControlPlane(writer, self.audit, ControlSettings(**settings), around, ControlMetrics())
