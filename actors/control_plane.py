@@ -31,6 +31,7 @@ from actors.messages import MESSAGE_VERSION, AbortCommand, LeaseAnswer, Membersh
 from actors.metrics import ControlMetrics
 from actors.node_book import NodeBook
 from actors.nodes import RENEWALS_PER_LEASE, Nodes
+from actors.profile_desk import ProfileDesk
 from actors.ray_errors import Answered, CallFailed, outcome_within
 from actors.roster import Call, Roster
 from actors.surroundings import Surroundings
@@ -76,6 +77,8 @@ class ControlPlane:
         self._nodes: Nodes
         self._roster: Roster
         self._desk: FlushDesk
+        #: profiles over all ranks
+        self.profiles: ProfileDesk
         self._ticking: asyncio.Task[None]
         self._checking: asyncio.Task[None] | None = None
 
@@ -97,6 +100,7 @@ class ControlPlane:
         self._desk = FlushDesk(
             self._roster, self._nodes, self._log, around.clock, self._limits, slack_s, self._metrics, self._audit
         )
+        self.profiles = ProfileDesk(self._roster, self._new_profile_id, self._desk.note)
         for record in list(state.members.values()):
             if not self._roster.restore(record, await around.find_handle(record)):
                 self._on_gone(record)
@@ -306,6 +310,11 @@ class ControlPlane:
         log.error("this controller ends: %s", reason)
         self._leases.forbid()
         asyncio.get_running_loop().call_later(_LAST_WORDS_S, self._around.end_process)
+
+    def _new_profile_id(self) -> str:
+        """Sorts by time, and is like no other."""
+        digits = "".join(char for char in self._around.clock.wall_text()[:19] if char.isdigit())
+        return f"{digits}-{secrets.token_hex(3)}"
 
     def _control_facts(self) -> dict[str, Any]:
         state = self._log.state

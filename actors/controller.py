@@ -179,6 +179,33 @@ class ControllerActor:
         """
         return await self._plane.audit(limit, flush_id)
 
+    async def start_profile(self, arguments: Any = None, caller: Any = "job") -> dict[str, Any]:
+        """Record engine steps on every rank, or on none.
+
+        arguments: a dict of output_dir (below the ranks' root of traces), start_step, num_steps, activities (of CPU,
+        GPU and MEM), with_stack, record_shapes, profile_by_stage, profile_id, profile_prefix.
+        Answers {success, status: started, message, profile_id, ranks: [{rank, incarnation, node, status, message}]};
+        `in_progress`, `http_status: 409` if one is under way on some rank, `refused`, 400 if a rank cannot.
+        """
+        return await self._plane.profiles.start({} if arguments is None else arguments, caller)
+
+    async def stop_profile(self, caller: Any = "job") -> dict[str, Any]:
+        """End the profile under way; waits until its traces are written.
+
+        Answers {success, status: written, message, profile_id, ranks: [{rank, ..., status, traces: [{name, bytes,
+        stage, num_steps}]}]}; `status: not_running`, `http_status: 409` if no rank profiles.
+        """
+        return await self._plane.profiles.stop(caller)
+
+    async def profiles(self) -> dict[str, Any]:
+        """{success, running: {rank: profile id}, traces: [{name, bytes, modified_s, node, incarnation}]}, newest
+        first. incarnation: of a rank that can read it."""
+        return await self._plane.profiles.traces()
+
+    async def read_profile(self, incarnation: Any, name: Any, offset: Any = 0) -> dict[str, Any]:
+        """{success, data}: up to 4 MiB of a trace from `offset`, b"" at its end. `status: unknown`, 404."""
+        return await self._plane.profiles.read(incarnation, name, offset)
+
     async def info(self) -> dict[str, Any]:
         """What does not change while a rank lives: model facts, sizes, limits. Nothing secret."""
         return await self._plane.info()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from actors.rank_host import host_settings
+from actors.rank_profiles import Profiler
 from cache.device_cache import DeviceCache
 from configs.errors import ConfigError
 from configs.resolve import GIB, kv_memory_bytes
@@ -52,6 +53,8 @@ class RankEngine:
     weights_digest: str
     #: grammars of the model's vocabulary; None: the engine has none to offer
     grammars: GrammarBook | None = None
+    #: None: its steps cannot be recorded
+    profiler: Profiler | None = None
 
 
 #: (settings, hooks) -> engine; blocks for seconds. Raises ConfigError for what cannot work.
@@ -68,6 +71,7 @@ def load_engine(settings: Settings, hooks: EngineHooks) -> RankEngine:
     from engine.host_copier import HostCopier
     from engine.models import load_model
     from engine.page_store import page_store
+    from engine.profiler import Profiler as TorchProfiler
     from engine.runner import ModelRunner
 
     engine = settings.engine
@@ -84,6 +88,7 @@ def load_engine(settings: Settings, hooks: EngineHooks) -> RankEngine:
         weights_digest=facts.weights_digest,
         page_bytes=runner.bytes_per_page,
     )
+    profiler = TorchProfiler(settings.profiling_root, model.device, settings.profiling.max_steps)
     loop = EngineLoop(
         Scheduler(cache, limits, host),
         runner,
@@ -92,7 +97,9 @@ def load_engine(settings: Settings, hooks: EngineHooks) -> RankEngine:
         on_flush=hooks.on_flush,
         sanity_check_s=engine.sanity_check_s,
         copier=None if host is None else HostCopier(page_store(runner.kv_pool), host),
+        observer=profiler,
     )
+    profiler.wake = loop.wake
     calm_collector()
     pages = f"{num_pages} pages of {engine.page_size} tokens"
     log.info("loaded %s: %d parameters, %s", facts.name, facts.num_parameters, pages)
@@ -106,6 +113,7 @@ def load_engine(settings: Settings, hooks: EngineHooks) -> RankEngine:
         layout_digest=facts.layout_digest,
         weights_digest=facts.weights_digest,
         grammars=grammars,
+        profiler=profiler,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -129,7 +129,19 @@ class Roster:
 
         call: begins the call of one actor handle, or says why it cannot be made.
         """
-        asking = [asyncio.create_task(self._ask(record, call, timeout_s)) for record in self.records()]
+        return await self._ask_each(self.records(), call, timeout_s)
+
+    async def ask_some(
+        self, incarnations: Collection[str], call: Callable[[RankRecord, Any], Call], timeout_s: float
+    ) -> list[RankAnswer]:
+        """The same for these; those that are not known any more are left out."""
+        wanted = [record for record in self.records() if record.incarnation in incarnations]
+        return await self._ask_each(wanted, call, timeout_s)
+
+    async def _ask_each(
+        self, records: list[RankRecord], call: Callable[[RankRecord, Any], Call], timeout_s: float
+    ) -> list[RankAnswer]:
+        asking = [asyncio.create_task(self._ask(record, call, timeout_s)) for record in records]
         if asking:
             await asyncio.wait(asking)
         return [task.result() for task in asking]

@@ -29,12 +29,14 @@ from actors.process_proof import start_time_of
 from actors.rank_engine import BuildEngine, EngineHooks, RankEngine, load_engine
 from actors.rank_flushes import RankFlushes
 from actors.rank_host import find_node_agent, host_facts, host_link
+from actors.rank_profiles import RankProfiles
 from actors.rank_words import NodePage, RankWords, boot_ns
 from cache.shared_words import fence_for
 from configs.schema import Settings
 from engine.events import AbortRequested
 from engine.flush import FlushCommand, FlushVerdict
 from engine.flush_gate import PendingFlush
+from engine.profile_spec import ProfileSpec
 from engine.request import Output
 
 log = logging.getLogger(__name__)
@@ -88,6 +90,7 @@ class SchedulerActor:
         self._flushes: RankFlushes
         self._plane: DataPlane
         self._grammars: GrammarQueue
+        self._profiles: RankProfiles
         self._metrics: RankMetrics
         self._pace: Pace
         self._record: RankRecord
@@ -110,6 +113,7 @@ class SchedulerActor:
         self._metrics = RankMetrics(self._rank)
         self._pace = Pace(self._engine.loop.snapshot(), self._loop.time())
         self._grammars = GrammarQueue(self._engine.grammars, self._engine.loop.post)
+        self._profiles = RankProfiles(self._engine.profiler, self._settings.profiling_root, self._settings.profiling)
         self._plane = DataPlane(self._incarnation, self._grammars.submit, self._abort)
         self._record = self._listen(place)
         return self._record
@@ -228,6 +232,20 @@ class SchedulerActor:
             "max_len": self._engine.max_len,
             "generated_tokens_per_s": self._pace.tokens_per_s,
         }
+
+    # --- profiles: see RankProfiles -----------------------------------------------------------------------------------
+
+    async def start_profile(self, spec: ProfileSpec) -> dict[str, Any]:
+        return await self._profiles.start(spec, self._rank)
+
+    async def stop_profile(self, profile_id: str | None) -> dict[str, Any]:
+        return await self._profiles.stop(profile_id)
+
+    async def list_profiles(self) -> dict[str, Any]:
+        return await self._profiles.traces()
+
+    async def read_profile(self, name: str, offset: int) -> bytes | None:
+        return await self._profiles.read(name, offset)
 
     # --- requests and tokens ------------------------------------------------------------------------------------------
 

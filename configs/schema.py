@@ -77,6 +77,17 @@ class HostTierSettings(_Settings):
         return self.size_gb > 0 or self.memory_share is not None
 
 
+class ProfilingSettings(_Settings):
+    """Traces of engine steps (/start_profile)."""
+
+    #: every trace lies below it, on the node of its rank; None: `profiles` below the state directory
+    root: Path | None = None
+    #: a profile that nobody stops ends after so many steps (of each stage)
+    max_steps: Annotated[int, Field(ge=1, le=100_000)] = 1000
+    #: no profile begins while the root holds more GiB than this
+    max_gb: Annotated[float, Field(gt=0)] = 10.0
+
+
 class ControlSettings(_Settings):
     """The control plane: flushes, leases, the log."""
 
@@ -141,6 +152,7 @@ class Settings(_Settings):
     engine: EngineSettings = EngineSettings()
     host_tier: HostTierSettings = HostTierSettings()
     control: ControlSettings = ControlSettings()
+    profiling: ProfilingSettings = ProfilingSettings()
     api: ApiSettings = ApiSettings()
     grpc: GrpcSettings = GrpcSettings()
     ray: RaySettings = RaySettings()
@@ -153,6 +165,11 @@ class Settings(_Settings):
     def resolved_state_dir(self) -> Path:
         """Where this node keeps what must be found again: `state_dir`, or a folder below the home directory."""
         return self.state_dir or Path.home() / ".local" / "state" / "tidegate"
+
+    @property
+    def profiling_root(self) -> Path:
+        """Where the ranks of this node write their traces."""
+        return self.profiling.root or self.resolved_state_dir / "profiles"
 
     def with_model_path(self, directory: Path) -> Settings:
         """The same settings with another model directory."""

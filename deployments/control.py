@@ -19,6 +19,8 @@ T = TypeVar("T")
 _WAY_S = 5.0
 #: for calls that ask every rank, each under a deadline of the controller's
 _ASK_S = 2.0
+#: of actors.profile_desk: a start waits for its turn and may have to be undone
+_PROFILE_START_S, _PROFILE_STOP_S, _PROFILE_READ_S = 120.0, 300.0, 30.0
 #: 32 MiB of entries are read in 0.4 s on an idle machine
 _AUDIT_S = 10.0
 
@@ -63,6 +65,20 @@ class ControllerClient:
         ids = None if request_ids is None else list(request_ids)
         asking = self._handle.abort.remote(ids, request_ids is None, _ASK_S, caller=caller)
         return await _answer(asking, _ASK_S + _WAY_S)
+
+    async def start_profile(self, arguments: Mapping[str, object], caller: str) -> dict[str, Any]:
+        """See ControllerActor.start_profile. Ranks import torch's profiler the first time, which takes seconds."""
+        return await _answer(self._handle.start_profile.remote(dict(arguments), caller), _PROFILE_START_S + _WAY_S)
+
+    async def stop_profile(self, caller: str) -> dict[str, Any]:
+        """See ControllerActor.stop_profile. Waits for traces to be written."""
+        return await _answer(self._handle.stop_profile.remote(caller), _PROFILE_STOP_S + _WAY_S)
+
+    async def profiles(self) -> dict[str, Any]:
+        return await _answer(self._handle.profiles.remote(), _PROFILE_READ_S + _WAY_S)
+
+    async def read_profile(self, incarnation: str, name: str, offset: int) -> dict[str, Any]:
+        return await _answer(self._handle.read_profile.remote(incarnation, name, offset), _PROFILE_READ_S + _WAY_S)
 
     async def status(self) -> dict[str, Any]:
         return await _answer(self._handle.status.remote(_ASK_S), _ASK_S + _WAY_S)

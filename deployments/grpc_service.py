@@ -92,6 +92,8 @@ class GrpcService:
             # as /abort_request: it ends requests of other clients
             "Abort": ("admin", self.abort),
             "FlushCache": ("admin", self.flush_cache),
+            "StartProfile": ("admin", self.start_profile),
+            "StopProfile": ("admin", self.stop_profile),
         }
         if name not in handlers:
             raise _not_offered(name)
@@ -143,6 +145,17 @@ class GrpcService:
             raise InvalidField("request_id is empty; name the request to end", "request_id")
         answer = await self.core.abort(request.request_id, "grpc:Abort")
         return scheduler.AbortResponse(success=answer.get("success") is True, message=str(answer.get("message") or ""))
+
+    async def start_profile(self, request: common.StartProfileRequest, call: Call) -> Message:
+        """Record steps on every rank, or on none. As of a flush, a refusal is an answer and bad input a status."""
+        optional = ("output_dir", "start_step", "num_steps", "with_stack", "record_shapes")
+        arguments: dict[str, Any] = {name: getattr(request, name) for name in optional if request.HasField(name)}
+        arguments |= {"activities": list(request.activities), "profile_by_stage": request.profile_by_stage}
+        return _profiled(await self.core.controller.start_profile(arguments, "grpc:StartProfile"))
+
+    async def stop_profile(self, request: common.StopProfileRequest, call: Call) -> Message:
+        """End the profile under way and wait until its traces are written."""
+        return _profiled(await self.core.controller.stop_profile("grpc:StopProfile"))
 
     async def get_model_info(self, request: scheduler.GetModelInfoRequest, call: Call) -> Message:
         card, told = self.core.card, facts.model_info(self.core)
@@ -218,6 +231,12 @@ class GrpcService:
 def _not_offered(name: str) -> NotOffered:
     known = f"{name} is not offered by this server" if name in RPCS else "there is no such call"
     return NotOffered(known)
+
+
+def _profiled(answer: Mapping[str, Any]) -> Message:
+    if answer.get("http_status") == InvalidField.http_status:
+        raise InvalidField(str(answer.get("message")), answer.get("param"))
+    return common.ProfileResponse(success=answer.get("success") is True, message=str(answer.get("message") or ""))
 
 
 def _load(row: Mapping[str, Any]) -> scheduler.SchedulerLoad:

@@ -15,6 +15,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from threading import Event as Wakeup
 from typing import Protocol, TypeAlias
 
@@ -73,6 +74,16 @@ class Copier(Protocol):
     def stop(self) -> None: ...
 
 
+class StepObserver(Protocol):
+    """Looks at steps on the engine's thread (engine/profiler.py). Must not raise."""
+
+    def look(self) -> None:
+        """Between two steps."""
+        ...
+
+    def step(self, batch: Batch) -> AbstractContextManager[None]: ...
+
+
 def _ignore_outputs(outputs: list[Output]) -> None:
     """Nobody listens, as in `generate`."""
 
@@ -95,11 +106,12 @@ class EngineLoop:
         on_flush: OnFlush = _ignore_flush,
         sanity_check_s: float = 0.0,
         copier: Copier | None = None,
+        observer: StepObserver | None = None,
     ) -> None:
         """`on_outputs` is called by the engine thread, at most once before and once after a step, and must not block.
         `on_flush` is called once per flush taken in, by the thread that ended it. `sanity_check_s`: seconds between
         two looks over the cache while the engine is awake, 0 for none. `copier`: with a scheduler that was made for a
-        host tier; it is this loop's from now on.
+        host tier; it is this loop's from now on. `observer`: sees every step.
         """
         self._scheduler = scheduler
         self._runner = runner
@@ -115,6 +127,7 @@ class EngineLoop:
         self._snapshot = scheduler.snapshot()
         self._gate = FlushGate(on_flush)
         self._copier = copier
+        self._observer = observer
         self._num_tiers = 0
         #: CLOCK_BOOTTIME minus our clock, now: in which births of pages are told to other processes
         self._boot_offset_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - int(clock() * 1e9)
@@ -125,6 +138,10 @@ class EngineLoop:
     def post(self, event: Event) -> None:
         """Put an event into the inbox and wake the engine. Flushes go through `offer_flush`."""
         self._inbox.append(event)
+        self._wakeup.set()
+
+    def wake(self) -> None:
+        """Have a turn made soon, also if there is nothing to do."""
         self._wakeup.set()
 
     def stop(self) -> None:
@@ -216,6 +233,8 @@ class EngineLoop:
 
     def turn(self) -> bool:
         """Do what is to be done next, at most one step. False: nothing is left to do until the next event."""
+        if self._observer is not None:
+            self._observer.look()
         commands = self._drain()
         # After the last request of this turn was taken from the inbox: protocol.md, invariant 6.
         words = self._read_words()
@@ -269,7 +288,8 @@ class EngineLoop:
     def _run_step(self, batch: Batch) -> None:
         event: Event
         try:
-            event = StepFinished(self._runner.run(batch))
+            with nullcontext() if self._observer is None else self._observer.step(batch):
+                event = StepFinished(self._runner.run(batch))
         except InvariantError:
             raise
         except Exception as error:

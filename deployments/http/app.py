@@ -13,6 +13,7 @@ from deployments.http.door import Door, unrouted
 from deployments.http.info import InfoRoutes
 from deployments.http.native import NativeRoutes
 from deployments.http.openai import OpenAIRoutes
+from deployments.http.profile import ProfileRoutes
 from deployments.http.text_routes import TextRoutes
 
 
@@ -29,6 +30,7 @@ def build_http_app(
         NativeRoutes(door),
         TextRoutes(door),
         AdminRoutes(door),
+        ProfileRoutes(door),
     )
     routes = [route for group in groups for route in group.routes()]
     return Starlette(routes=routes, exception_handlers={HTTPException: unrouted}, lifespan=lifespan)

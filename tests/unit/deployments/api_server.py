@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 from starlette.applications import Starlette
+from torch.profiler import profile
 
 from actors.control_plane import ControlPlane
 from actors.controller import ControllerActor
@@ -29,7 +30,7 @@ from engine.grammar import GrammarBook
 from engine.models import LoadedModel
 from tests.unit.actors.fakes import rank_record
 from tests.unit.actors.planes import World
-from tests.unit.deployments.local_ranks import Handle, LocalFleet, LocalRank
+from tests.unit.deployments.local_ranks import Handle, LocalFleet, LocalRank, PlainRecording
 
 TIMEOUT_S = 30
 
@@ -72,12 +73,14 @@ async def serving(
     keys: Keys | None = None,
     max_inflight: int = 64,
     max_body_bytes: int = 1 << 20,
+    traces: Path | None = None,
     **control: Any,
 ) -> AsyncIterator[Server]:
     """A server for the length of the block; afterwards every engine thread has ended."""
     facts = demo.model.facts
     grammars = GrammarBook(demo.directory / "tokenizer.json", facts.vocab_size, facts.eos_token_ids)
-    ranks = [LocalRank(demo.model, rank, f"incarnation-{rank}", grammars) for rank in range(num_ranks)]
+    record = profile if num_ranks == 1 else PlainRecording
+    ranks = [LocalRank(demo.model, rank, f"incarnation-{rank}", grammars, traces, record) for rank in range(num_ranks)]
     around = World()
     stack = AsyncExitStack()
     plane = await stack.enter_async_context(around.start(**control))

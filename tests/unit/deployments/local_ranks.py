@@ -7,24 +7,32 @@ hits, real verdicts.
 from __future__ import annotations
 
 import asyncio
+import gzip
+import json
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import ray.exceptions
+from torch.profiler import profile
 
 from actors.messages import AbortCommand, Member, Membership
 from actors.rank_flushes import RankFlushes
+from actors.rank_profiles import RankProfiles
 from actors.rank_words import boot_ns
 from cache.device_cache import DeviceCache
 from configs.errors import RankLost
+from configs.schema import ProfilingSettings
 from engine.events import AbortRequested, RequestArrived
 from engine.flush import FlushCommand, FlushVerdict
 from engine.grammar import GrammarBook
 from engine.limits import SchedulerLimits
 from engine.loop import EngineLoop
 from engine.models import LoadedModel
+from engine.profile_spec import ProfileSpec
+from engine.profiler import Profiler, Record
 from engine.request import Output, Request
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler
@@ -35,10 +43,36 @@ NUM_PAGES = 256
 Stream = asyncio.Queue["Output | RankLost"]
 
 
+class PlainRecording:
+    """Instead of torch's, which records one thread of a process and crashes with two: for ranks that share one."""
+
+    def __init__(self, **options: Any) -> None:
+        self._num_toggles = 0
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def toggle_collection_dynamic(self, enable: bool, activities: list[Any]) -> None:
+        self._num_toggles += 1
+
+    def export_chrome_trace(self, path: str) -> None:
+        with gzip.open(path, "wt") as file:
+            json.dump({"traceEvents": [{"name": f"{self._num_toggles} toggles"}]}, file)
+
+
 class LocalRank:
     """One engine loop in a thread, with the methods that the controller calls on a rank."""
 
-    def __init__(self, model: LoadedModel, rank: int, incarnation: str, grammars: GrammarBook | None = None) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        rank: int,
+        incarnation: str,
+        grammars: GrammarBook | None = None,
+        traces: Path | None = None,
+        record: Record = profile,
+    ) -> None:
         facts = model.facts
         self.rank = rank
         self.incarnation = incarnation
@@ -52,9 +86,16 @@ class LocalRank:
             bytes_per_page=runner.bytes_per_page,
             vocab_size=facts.vocab_size,
         )
+        profiler = None if traces is None else Profiler(traces, model.device, 1000, record)
+        self.profiles = RankProfiles(profiler, traces or Path(), ProfilingSettings())
         self.engine = EngineLoop(
-            Scheduler(DeviceCache(NUM_PAGES, PAGE_SIZE), limits), runner, on_outputs=self._on_outputs
+            Scheduler(DeviceCache(NUM_PAGES, PAGE_SIZE), limits),
+            runner,
+            on_outputs=self._on_outputs,
+            observer=profiler,
         )
+        if profiler is not None:
+            profiler.wake = self.engine.wake
         self._flushes = RankFlushes(
             self.engine, lambda: boot_ns() / 1e9, told_epoch=lambda _: None, refused=lambda *_: None
         )
@@ -147,6 +188,20 @@ class LocalRank:
         wanted = live if command.request_ids is None else [one for one in command.request_ids if one in self._streams]
         self.engine.post(AbortRequested(command.request_ids, command.reason))
         return {"num_aborted": len(wanted)}
+
+    async def start_profile(self, spec: ProfileSpec) -> dict[str, Any]:
+        if self.is_mute:
+            raise ray.exceptions.ActorUnavailableError("mute", None)
+        return await self.profiles.start(spec, self.rank)
+
+    async def stop_profile(self, profile_id: str | None) -> dict[str, Any]:
+        return await self.profiles.stop(profile_id)
+
+    async def list_profiles(self) -> dict[str, Any]:
+        return await self.profiles.traces()
+
+    async def read_profile(self, name: str, offset: int) -> bytes | None:
+        return await self.profiles.read(name, offset)
 
     async def status(self) -> dict[str, Any]:
         if self.is_mute:

@@ -29,6 +29,7 @@ from tests.unit.deployments.grpc_client import Client, grpc_client
 
 OFFERED = {
     "Generate", "HealthCheck", "Abort", "GetModelInfo", "GetServerInfo", "GetLoads", "FlushCache", "GetTokenizer",
+    "StartProfile", "StopProfile",
 }  # fmt: skip
 GREEDY = {"temperature": 0, "top_p": 1, "top_k": -1, "repetition_penalty": 1, "max_new_tokens": 8, "ignore_eos": True}
 LONG = {"tokenized": {"input_ids": [5, 6, 7]}, "stream": True, "sampling_params": GREEDY | {"max_new_tokens": 1900}}
@@ -50,8 +51,10 @@ class Door:
 
 
 @asynccontextmanager
-async def grpc_door(demo: Demo, folder: Path, keys: Keys | None = None, num_ranks: int = 1) -> AsyncIterator[Door]:
-    async with serving(demo, num_ranks=num_ranks) as server:
+async def grpc_door(
+    demo: Demo, folder: Path, keys: Keys | None = None, num_ranks: int = 1, traces: Path | None = None
+) -> AsyncIterator[Door]:
+    async with serving(demo, num_ranks=num_ranks, traces=traces) as server:
         service = GrpcService(server.core, keys or Keys(), "0.test", 3600.0)
         grpc_server = GrpcServer(service, max_message_bytes=1 << 20)
         address = f"127.0.0.1:{await grpc_server.start('127.0.0.1', 0)}"
