@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.log_records import FlushIntent, TakeOver, decode_entry
@@ -192,7 +192,7 @@ class Oracle:
         pending = [flush for flush in rank.engine._gate._live.values() if flush.claim.state == "pending"]
         self.require(len(pending) <= 1, f"{rank.incarnation} has {len(pending)} pending flushes")
         counts = rank.cache.counts()
-        total = sum(astuple(counts))
+        total = counts.free + counts.cached + counts.pinned + counts.private + counts.fenced + counts.copying
         self.require(total == rank.cache.num_pages, f"invariant 10: {rank.incarnation} has {total} pages")
 
     # -------------------------------------------------------------------------------------------------- answers
