@@ -11,8 +11,8 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from dataclasses import dataclass
+from typing import Any
 
 from actors.audit_log import InThread
 from actors.end_proofs import pause
@@ -24,10 +24,10 @@ from actors.host_messages import (
     HostPlace,
     HostRefused,
 )
+from actors.host_opener import GIB, ArenaOpener, OpenArena, OpenFile
 from actors.messages import HostReport, ProcessName
-from cache.arena import Arena, ArenaGeometry
-from cache.control_page import ControlPageWriter, FileIdentity
-from cache.host_eviction import EvictionOrder, LruOrder, SlruOrder
+from cache.arena import ArenaGeometry
+from cache.control_page import FileIdentity
 from cache.host_tier import CommitOutcome, HostTier
 from cache.page_checksum import PageEntry
 from cache.processes import Processes, ProcessId
@@ -38,7 +38,6 @@ from configs.schema import HostTierSettings
 
 log = logging.getLogger(__name__)
 
-GIB = 1024**3
 #: a claim waits this long for an arena in the making, then tells how far it is
 _CLAIM_WAIT_S = 1.0
 #: a flush of this tier waits this long for an agent that was just restarted to have its file again
@@ -48,28 +47,6 @@ _RECLAIM_PAGES = 64
 _RECLAIM_PAUSE_S = 0.001
 _MAX_TOLD_VIOLATIONS = 10
 
-_ORDERS: dict[str, Callable[[], EvictionOrder]] = {"lru": LruOrder, "slru": SlruOrder}
-
-
-class ArenaFile(Protocol):
-    """The arena's file as its only writer has it."""
-
-    @property
-    def page(self) -> ControlPageWriter: ...
-
-    @property
-    def was_adopted(self) -> bool: ...
-
-    def arena(self) -> Arena: ...
-
-    def retire(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-#: (bytes reserved, bytes in all)
-Progress: TypeAlias = Callable[[int, int], None]
-
 
 @dataclass(frozen=True, slots=True)
 class StoreSurroundings:
@@ -78,8 +55,7 @@ class StoreSurroundings:
     directory: str
     #: name of the arena's file
     file_name: str
-    #: own or make the file for an identity; blocks, ConfigError if it cannot be
-    open_file: Callable[[FileIdentity, Progress], ArenaFile]
+    open_file: OpenFile
     processes: Processes
     #: returns True when the process is proven gone
     until_gone: Callable[[ProcessName], Awaitable[bool]]
@@ -92,17 +68,6 @@ class StoreSurroundings:
     used: Callable[[bool], None]
 
 
-@dataclass(slots=True)
-class _Open:
-    """An arena that is there."""
-
-    identity: FileIdentity
-    file: ArenaFile
-    tier: HostTier
-    #: incarnation -> holder, of the ranks that have claimed it
-    holders: dict[str, Holder] = field(default_factory=dict)
-
-
 class HostStore:
     """Lives on one asyncio loop. Calls of ranks are carried out one at a time, in the order in which they came."""
 
@@ -113,11 +78,8 @@ class HostStore:
         self._term = 0
         self._floor = 0
         self._birth_floor_ns = 0
-        self._open: _Open | None = None
-        self._opening: asyncio.Task[None] | None = None
-        #: bytes of the arena in the making: so far, in all
-        self._progress = (0, 0)
-        self._failure: HostRefused | None = None
+        self._open: OpenArena | None = None
+        self._opener = ArenaOpener(settings, around.open_file, around.processes, around.in_thread)
         #: whoever has it is alone with the tier: a call of a rank, or a look over everything in a thread
         self._alone = asyncio.Lock()
         self._opened = asyncio.Event()
@@ -130,7 +92,7 @@ class HostStore:
         if self._open is not None:
             self._open.file.retire()
             self._open = None
-        self._lineage, self._failure = lineage, None
+        self._lineage = lineage
         self._term = self._floor = self._birth_floor_ns = 0
         self._opened.clear()
 
@@ -167,12 +129,10 @@ class HostStore:
             if refusal is not None:
                 return refusal
         if self._open is None:
-            await self._wait_for_file(identity)
+            await self._opener.open(identity, self._take, _CLAIM_WAIT_S)
         if self._open is not None and self._open.identity == identity:
             return self._admit(claim, self._open)
-        if self._failure is not None and self._opening is None:
-            return self._failure
-        return HostPending(*self._progress)
+        return self._opener.failure or self._opener.pending
 
     async def lease(self, caller: HostCaller, num_slots: int) -> SlotLease | None:
         """See HostTier.lease. None, here and below: the caller has not claimed this file; it claims again."""
@@ -263,10 +223,10 @@ class HostStore:
             return None
         opened = self._open
         if opened is None:
-            reserved, total = self._progress
-            status = "reserving" if self._opening is not None else "failed" if self._failure else "none"
-            message = self._failure.message if self._failure is not None else ""
-            return HostReport(status, message, file_bytes=total, reserved_bytes=reserved)
+            pending, failure = self._opener.pending, self._opener.failure
+            status = "reserving" if self._opener.is_opening else "failed" if failure else "none"
+            message = "" if failure is None else failure.message
+            return HostReport(status, message, file_bytes=pending.total_bytes, reserved_bytes=pending.reserved_bytes)
         counts, identity = opened.tier.counts(), opened.identity
         file_bytes = ArenaGeometry(identity.num_slots, identity.page_bytes).file_bytes
         return HostReport(
@@ -281,9 +241,9 @@ class HostStore:
 
     def close(self) -> None:
         """Leave the file for the next agent."""
-        for task in (self._opening, self._reclaiming, *self._tasks):
-            if task is not None:
-                task.cancel()
+        self._opener.close()
+        for task in list(self._tasks):
+            task.cancel()
         if self._open is not None:
             self._open.file.close()
 
@@ -295,7 +255,7 @@ class HostStore:
         holder = opened.holders.get(caller.incarnation)
         return None if holder is None else (opened.tier, holder)
 
-    def _admit(self, claim: HostClaim, opened: _Open) -> HostPlace:
+    def _admit(self, claim: HostClaim, opened: OpenArena) -> HostPlace:
         name = claim.process
         if claim.incarnation not in opened.holders:
             holder = Holder.of(claim.incarnation, ProcessId(name.pid, name.start_time))
@@ -318,56 +278,26 @@ class HostStore:
         self._opened.clear()
         return None
 
-    async def _wait_for_file(self, identity: FileIdentity) -> None:
-        if self._opening is None:
-            self._failure = None
-            self._opening = asyncio.create_task(self._open_file(identity), name="open-arena")
-        await asyncio.wait({self._opening}, timeout=_CLAIM_WAIT_S)
-
-    async def _open_file(self, identity: FileIdentity) -> None:
-        try:
-            file, tier = await self._around.in_thread(self._open_blocking, identity)
-        except ConfigError as error:
-            log.error("no host tier: %s", error)
-            self._failure = HostRefused(error.message, is_final=True)
-            return
-        except OSError as error:
-            log.exception("no host tier")
-            self._failure = HostRefused(f"the arena cannot be opened: {error.strerror}", is_final=False)
-            return
-        finally:
-            self._opening = None
+    def _take(self, opened: OpenArena) -> None:
+        """The arena is there: it is used from now on."""
+        identity, file, tier = opened.identity, opened.file, opened.tier
         if identity.lineage != self._lineage:
             file.retire()
             return
         # what was raised while it was being made; nobody has committed yet
         file.page.raise_floor(self._term, self._floor)
         file.page.raise_birth_floor(self._birth_floor_ns)
-        opened = self._open = _Open(identity, file, tier)
+        self._open = opened
         for holder in [*tier.owners.leased, *tier.owners.quarantined]:
             if holder != NOBODY:
                 self._watch(ProcessName(*holder.process), opened, "", holder)
         self._opened.set()
         self._reclaim()
-        words = "adopted" if file.was_adopted else "made"
-        log.info("host tier %s: %s, %d pages valid", words, tier.counts(), tier.num_valid)
 
-    def _open_blocking(self, identity: FileIdentity) -> tuple[ArenaFile, HostTier]:
-        """In a thread: nobody else knows the tier yet."""
-        file = self._around.open_file(identity, self._note_progress)
-        order = _ORDERS[self._settings.eviction]()
-        max_leased = 4 * self._settings.lease_batch
-        return file, HostTier(file.arena(), file.page, order, self._around.processes, max_leased)
-
-    def _note_progress(self, done: int, total: int) -> None:
-        self._progress = (done, total)
-        if total > GIB:
-            log.info("reserving host memory: %d of %d MiB", done >> 20, total >> 20)
-
-    def _watch(self, name: ProcessName, opened: _Open, incarnation: str, holder: Holder) -> None:
+    def _watch(self, name: ProcessName, opened: OpenArena, incarnation: str, holder: Holder) -> None:
         self._start(self._until_left(name, opened, incarnation, holder), f"holder-{name.pid}")
 
-    async def _until_left(self, name: ProcessName, opened: _Open, incarnation: str, holder: Holder) -> None:
+    async def _until_left(self, name: ProcessName, opened: OpenArena, incarnation: str, holder: Holder) -> None:
         """Free what a rank held when its process is proven gone."""
         if not await self._around.until_gone(name):
             return
@@ -376,7 +306,7 @@ class HostStore:
             if opened is self._open:
                 opened.tier.holder_left(holder)
 
-    async def _settled(self) -> _Open | None:
+    async def _settled(self) -> OpenArena | None:
         """The open arena; waits a moment for one that a restarted agent has not opened again yet."""
         if self._open is None and self._why_closed():
             await asyncio.wait({self._start(self._until_opened(), "opened")}, timeout=_OPEN_WAIT_S)
@@ -387,7 +317,7 @@ class HostStore:
 
     def _why_closed(self) -> str:
         """A flush of a tier that is not open: "" if there is nothing to flush."""
-        exists = self._opening is not None or self._around.has_file()
+        exists = self._opener.is_opening or self._around.has_file()
         return "the node's host tier is not open yet" if exists else ""
 
     def _reclaim(self) -> None:

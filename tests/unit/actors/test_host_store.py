@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from actors.host_messages import HostCaller, HostClaim, HostDropped, HostPlace, HostRefused
-from actors.host_store import HostStore, Progress, StoreSurroundings
+from actors.host_opener import Progress
+from actors.host_store import HostStore, StoreSurroundings
 from actors.messages import ProcessName
 from cache.control_page import FileIdentity
 from cache.host_reader import HostReader
