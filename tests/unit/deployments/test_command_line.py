@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from deployments.auth import Keys
+from engine.batch import Batch, StepResult
 from tests.unit.deployments.api_server import Demo, Server, scenario, until
 from tests.unit.deployments.on_a_port import on_a_port, traffic
 
@@ -36,22 +40,24 @@ async def tidegate(*arguments: str, **env: str) -> Ran:
 
 
 @asynccontextmanager
-async def busy(server: Server) -> AsyncIterator[None]:
-    """Requests of which no two end at once: there is no idle moment for as long as the block lasts."""
+async def busy(server: Server, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    """One request in a step that lasts as long as the block: no idle moment, and nothing that takes time."""
+    runner, inside, go_on = server.ranks[0].engine._runner, threading.Event(), threading.Event()
+    run = runner.run
 
-    async def client(num_tokens: int) -> None:
-        while True:
-            sampling = {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}
-            await server.post("/generate", {"text": "on and on", "sampling_params": sampling})
+    def held(batch: Batch) -> StepResult:
+        inside.set()
+        assert go_on.wait(25)
+        return run(batch)
 
-    clients = [asyncio.create_task(client(num_tokens)) for num_tokens in (701, 907, 1103)]
-    await until(lambda: server.ranks[0].engine.snapshot().num_running == len(clients), "they run")
+    monkeypatch.setattr(runner, "run", held)
+    request = asyncio.create_task(server.post("/generate", {"text": "on", "sampling_params": {"max_new_tokens": 2}}))
+    await until(inside.is_set, "the step has begun")
     try:
         yield
     finally:
-        for task in clients:
-            task.cancel()
-        await asyncio.gather(*clients, return_exceptions=True)
+        go_on.set()
+        await request
         await server.idle()
 
 
@@ -83,26 +89,38 @@ async def test_a_refused_flush_is_status_1_and_bad_arguments_are_2(demo: Demo) -
 
 
 @scenario
-async def test_a_flush_is_read_and_cancelled_by_its_id(demo: Demo) -> None:
+async def test_a_flush_is_read_and_cancelled_by_its_id(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     async with on_a_port(demo, num_ranks=1) as (server, url):
-        async with busy(server):
+
+        async def is_pending() -> bool:
+            pending = (await server.core.controller.status())["pending_flush"]
+            return pending is not None and pending["waiting_for"] == ["incarnation-0"]
+
+        async with busy(server, monkeypatch):
             waiting = asyncio.create_task(tidegate("flush", "--url", url, "--timeout", "20", "--id", "nightly"))
-            await until(lambda: server.ranks[0].engine.snapshot().pending_flush_id == "nightly", "it is pending")
-            pending = await tidegate("flush", "--url", url, "--read", "nightly")
-            shown = await tidegate("cache", "--url", url)
+            await until(is_pending, "it is pending")
+            pending, shown = await asyncio.gather(
+                tidegate("flush", "--url", url, "--read", "nightly"), tidegate("cache", "--url", url)
+            )
             cancelled = await tidegate("flush", "--url", url, "--cancel", "nightly")
             first = await waiting
         assert (pending.status, "pending" in pending.out) == (1, True), "a flush that runs is no success yet"
         assert "a flush is pending" in shown.out
         assert cancelled.status == 0, cancelled.out + cancelled.err
         assert (first.status, "cancelled" in first.out) == (1, True)
-        again = await tidegate("flush", "--url", url, "--cancel", "nightly")
-        unknown = await tidegate("flush", "--url", url, "--cancel", "weekly")
+        again, unknown = await asyncio.gather(
+            *(tidegate("flush", "--url", url, "--cancel", flush_id) for flush_id in ("nightly", "weekly"))
+        )
         assert (again.status, "has ended" in again.out) == (1, True)
         assert (unknown.status, "'weekly'" in unknown.err) == (1, True)
-        for more in (("--mode", "fence"), ("--read", "nightly"), ("--dry-run",)):
-            ran = await tidegate("flush", "--url", url, "--cancel", "nightly", *more)
-            assert (ran.status, more[0] in ran.err) == (2, True), more
+
+
+@scenario
+async def test_cancelling_and_reading_take_an_id_and_nothing_else(demo: Demo) -> None:
+    more = (("--mode", "fence"), ("--read", "nightly"), ("--dry-run",))
+    runs = await asyncio.gather(*(tidegate("flush", "--cancel", "nightly", *options) for options in more))
+    for options, ran in zip(more, runs, strict=True):
+        assert (ran.status, options[0] in ran.err) == (2, True), options
 
 
 @scenario
