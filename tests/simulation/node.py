@@ -110,6 +110,11 @@ class Node:
         if self.agent_process.is_dead:
             self.start_agent()
 
+    @property
+    def nonce(self) -> int:
+        """Of the file; 0: there is none."""
+        return 0 if self.file is None else self.file.page.nonce
+
     def words(self) -> NodeWords | None:
         """What is on the page now; None: there is none."""
         return None if self.file is None else self.file.page.read()

@@ -63,6 +63,10 @@ class Oracle:
         self._received: dict[str, Promise] = {}
         #: (incarnation, flush id, index) -> executions
         self._executed: Counter[tuple[str, str, int]] = Counter()
+        #: (incarnation, flush id, index) that have their verdict
+        self._ended: set[tuple[str, str, int]] = set()
+        #: nonce of a file -> term and floor on its page when it was last read
+        self._pages: dict[tuple[str, int], tuple[int, int]] = {}
         #: flushes of which an answer has said that this incarnation is untouched, and their epochs
         self._untouched: set[tuple[str, str, int]] = set()
         self._barred: set[tuple[str, int]] = set()
@@ -128,6 +132,14 @@ class Oracle:
     # ---------------------------------------------------------------------------------------------------- ranks
     def words_read(self, rank: Rank) -> None:
         self._words[rank.incarnation] = self._may_match(rank)
+        words, name = rank.node.words(), (rank.node.node_id, rank.words.nonce)
+        if words is not None and rank.words.nonce == rank.node.nonce:
+            term, floor = self._pages.get(name, (0, 0))
+            rises = words.term >= term and words.floor >= floor
+            self.require(
+                rises, f"invariant 4: the page of {name} has gone back to term {words.term}, floor {words.floor}"
+            )
+            self._pages[name] = words.term, words.floor
 
     def matched(self, rank: Rank, epoch: int) -> None:
         """An admission has found something in the cache."""
@@ -156,6 +168,8 @@ class Oracle:
     def ended(self, rank: Rank, pending: PendingFlush, verdict: FlushVerdict) -> None:
         """A rank has given its verdict about a flush that it took in."""
         command, name = pending.command, rank.incarnation
+        self.require((name, *command.key) not in self._ended, f"invariant 7: {name} ends {command.flush_id} twice")
+        self._ended.add((name, *command.key))
         self._trace.tell(name, f"{command.mode} {command.flush_id}: {verdict.status} {verdict.message}")
         self._trace.count(f"rank {verdict.status}")
         late_s = rank.engine.now_s() - pending.deadline_s - _DRIFT * command.budget_s - 1e-3

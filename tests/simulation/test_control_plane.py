@@ -59,6 +59,13 @@ def test_all_of_it_has_happened() -> None:
     assert [what for what in MUST_HAPPEN if not seen[what]] == []
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_sixty_four_ranks(seed: int) -> None:
+    result = run(seed, num_ranks=64, num_nodes=8, num_requests=100, length_s=5.0)
+    assert not result.violations, result.report()
+    assert result.seen["promises"]
+
+
 @pytest.mark.parametrize("seed", [3, 7])
 def test_a_seed_replays_exactly(seed: int) -> None:
     first, second = run(seed), run(seed)
