@@ -84,8 +84,9 @@ class WeightMachine:
         self._looked_s = -math.inf
 
     # ------------------------------------------------------------------------------------------------------ beginning
-    def begin(self, records: Iterable[RankRecord], now_s: float) -> list[Command]:
-        """Begin with these ranks registered."""
+    def begin(self, records: Iterable[RankRecord], now_s: float, decided_digest: str = "") -> list[Command]:
+        """Begin with these ranks registered. decided_digest: of the weights decided last, "" if none ever were: then
+        the ranks serve what they said when they registered."""
         self._looked_s = now_s
         run = self.run
         for record in records:
@@ -93,7 +94,7 @@ class WeightMachine:
         if not run.incarnations("voter"):
             return self._give_up("no_ranks", "no rank is registered that could vote: nothing was changed", now_s)
         if run.request.is_partial:
-            base_digest = run.base_digest()
+            base_digest = decided_digest or run.registered_digest()
             if base_digest is None:
                 message = "the ranks serve different weights: only a complete update can make them one"
                 return self._give_up("conflict", message, now_s)

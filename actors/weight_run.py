@@ -166,8 +166,8 @@ class WeightRun:
         votes = [row.vote for row in self._rows.values() if row.role == "voter" and not row.is_gone]
         return next((vote.digest, vote.version) for vote in votes if vote is not None)
 
-    def base_digest(self) -> str | None:
-        """Of the weights that all voters say they serve; None if they differ."""
+    def registered_digest(self) -> str | None:
+        """Of the weights with which all voters registered; None if they differ."""
         digests = {row.record.weights_digest for row in self._rows.values() if row.role == "voter"}
         return digests.pop() if len(digests) == 1 else None
 
@@ -301,8 +301,9 @@ def _plain_row(row: _Row, is_decided: bool) -> dict[str, Any]:
         "node": row.record.node_id,
         "status": status,
         "message": "" if is_good else _message(row),
-        "digest": plain["digest"] if status != "aborted" else row.record.weights_digest,
-        "version": plain["version"] if status != "aborted" else row.record.weight_version,
+        # a vote names the weights that would have come
+        "digest": plain["digest"] if status != "aborted" else "",
+        "version": plain["version"] if status != "aborted" else "",
         "num_retracted": plain.get("num_retracted", 0),
         "num_aborted": plain.get("num_aborted", 0),
         "blockers": plain["blockers"],

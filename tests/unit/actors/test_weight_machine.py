@@ -152,6 +152,10 @@ def test_a_partial_update_names_the_weights_it_is_meant_for() -> None:
     update = Update(0, 1, is_partial=True).stored()
     assert {command.base_digest for command in update.all(events.PrepareRank)} == {"weights"}
 
+    later = Update(begins=False, is_partial=True)
+    later.take(later.machine.begin([record_of(0), record_of(1)], START_S, decided_digest="decided"))
+    assert {command.base_digest for command in later.stored().all(events.PrepareRank)} == {"decided"}
+
     torn = Update(begins=False, is_partial=True)
     torn.take(torn.machine.begin([record_of(0), record_of(1, weights_digest="others")], START_S))
     assert (torn.answer["status"], torn.answer["http_status"]) == ("conflict", 409)
