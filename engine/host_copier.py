@@ -1,9 +1,9 @@
 """The thread that copies pages between the device and the node's host tier, beside the engine's.
 
 Jobs in, `CopyEnded` out; each job ends exactly once, whatever fails. Loads go before writes, because a request waits
-for them; writes go in small parts, so that a load never waits long. Bytes move in numpy copies and xxh3 hashes that
-release the GIL. The engine thread never waits for this one, and this one never for the tier: a page for which no slot
-comes in time is dropped.
+for them; writes go in small parts, with pauses where the model computes on the same cores. Bytes move in numpy copies
+and xxh3 hashes that release the GIL. The engine thread never waits for this one, and this one never for the tier: a
+page for which no slot comes in time is dropped.
 """
 
 from __future__ import annotations
@@ -93,6 +93,8 @@ class HostCopier:
         self._writes: deque[_Write] = deque()
         #: number of the attachment and what we have of it; None: no tier
         self._tier: tuple[int, TierLedger] | None = None
+        #: writes pause until then
+        self._next_write_s = -math.inf
         self._is_stopping = False
         self._thread: Thread | None = None
 
@@ -125,7 +127,7 @@ class HostCopier:
             self._drain(self._idle_s())
             if self._loads:
                 self._load(self._loads.popleft())
-            elif self._writes:
+            elif self._writes and self._clock() >= self._next_write_s:
                 self._write_next(self._writes[0])
             if self._tier is not None:
                 num_waiting = sum(len(write.job.pages) - write.num_done for write in self._writes)
@@ -151,9 +153,10 @@ class HostCopier:
             return 0.0
         if not self._writes:
             return math.inf
-        if self._tier is None or self._tier[1].may_write or self._tier[1].is_refused:
-            return 0.0
-        return max(0.0, self._writes[0].give_up_s - self._clock())
+        starved = not (self._tier is None or self._tier[1].may_write or self._tier[1].is_refused)
+        give_up_s = self._writes[0].give_up_s
+        until_s = give_up_s if starved and give_up_s < math.inf else self._next_write_s
+        return max(0.0, until_s - self._clock())
 
     def _attach(self, number: int, place: TierPlace | None) -> None:
         if self._tier is not None:
@@ -229,7 +232,9 @@ class HostCopier:
             except Exception:
                 logger.exception("write %d failed", write.job.copy_id)
                 reason = "copy_failed"
-            write.took_s += self._clock() - begin_s
+            end_s = self._clock()
+            write.took_s += end_s - begin_s
+            self._next_write_s = end_s + (end_s - begin_s) * (1 / self._store.write_share - 1)
         if reason or write.num_done == len(write.job.pages):
             self._writes.popleft()
             self._post(CopyEnded(write.job.copy_id, write.num_done, reason, write.took_s))

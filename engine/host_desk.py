@@ -159,10 +159,11 @@ class HostDesk:
             return
         num_wanted = self._marks.num_to_evict(self._cache.counts().free, self._num_leaving)
         num_wanted = min(num_wanted, _MAX_AHEAD_PAGES, self._settings.max_inflight_pages - self.num_in_flight)
+        victims: list[tuple[PageHold, PageKeys]] = []
         while num_wanted > 0 and (victim := self._cache.open_victim(min(num_wanted, _MAX_WRITE_PAGES), self._roots)):
-            copy, keys = victim
-            num_wanted -= len(copy.page_table)
-            self._write_victim(self._view, copy, keys)
+            victims.append(victim)
+            num_wanted -= len(victim[0].page_table)
+        self._write_victims(self._view, victims)
         self._num_evicted_seen = self._cache.num_evicted_pages
 
     # -------------------------------------------------------------------------------------------------------------- end
@@ -275,10 +276,20 @@ class HostDesk:
         pages = hold.page_table[first:last][is_wanted]
         self._write(view, copy, _chosen(keys, is_wanted), pages, positions)
 
-    def _write_victim(self, view: HostView, copy: PageHold, keys: PageKeys) -> None:
-        """Order the copy of pages that have left the index; those that need none are free at once."""
+    def _write_victims(self, view: HostView, victims: list[tuple[PageHold, PageKeys]]) -> None:
+        """Order copies of pages that have left the index; asks for all of them at once what the tier has."""
+        if not victims:
+            return
+        is_known = view.known(b"".join(keys for _, keys in victims), self._cache.epoch)
+        begin = 0
+        for copy, keys in victims:
+            end = begin + len(keys) // KEY_BYTES
+            self._write_victim(view, copy, keys, ~is_known[begin:end])
+            begin = end
+
+    def _write_victim(self, view: HostView, copy: PageHold, keys: PageKeys, is_wanted: NDArray[np.bool_]) -> None:
+        """Order the copy of one leaf's pages; those that need none are free at once."""
         cache = self._cache
-        is_wanted = ~view.known(keys, copy.epoch)
         self.counters.num_known_pages += len(is_wanted) - int(is_wanted.sum())
         if copy.birth_s < self._born_after_s or not is_wanted.any():
             cache.close(copy)

@@ -14,8 +14,12 @@ from engine.kv_pool import KvPool
 
 #: pinned memory of one batch; a batch costs one wait for the device, about 20 us
 _STAGING_BYTES: Final = 16 * 1024 * 1024
-#: pages of a batch where nothing is staged: how much is copied before the copier looks for something more urgent
-_DIRECT_BATCH: Final = 8
+#: a batch where nothing is staged: how much is copied before the copier looks for something more urgent
+_DIRECT_BYTES: Final = 1024 * 1024
+_DIRECT_PAGES: Final = 64
+#: where the model computes on the cores and the memory that copies use too: writing at full speed made a step of a
+#: small model 2.6 times as long, and so did a bare memcpy beside it, so it is not a matter of locks
+_SHARE_BESIDE_MODEL: Final = 0.25
 
 
 class PageStore(Protocol):
@@ -23,6 +27,11 @@ class PageStore(Protocol):
 
     @property
     def batch_pages(self) -> int: ...
+
+    @property
+    def write_share(self) -> float:
+        """Of the copier's time, how much writes may take; they are in no hurry. 1: no pauses."""
+        ...
 
     def fetch(self, pages: NDArray[np.int32]) -> Sequence[PageView]:
         """The bytes of these pages. The caller owns the pages until it has done with the views."""
@@ -48,7 +57,8 @@ class DirectPages:
     def __init__(self, pool: KvPool) -> None:
         pages = pool.pages.view(pool.num_pages, -1).view(torch.uint8)
         self._pages: NDArray[np.uint8] = pages.numpy()
-        self.batch_pages = _DIRECT_BATCH
+        self.batch_pages = min(max(1, _DIRECT_BYTES // pool.bytes_per_page), _DIRECT_PAGES)
+        self.write_share = _SHARE_BESIDE_MODEL
 
     def fetch(self, pages: NDArray[np.int32]) -> Sequence[PageView]:
         return [self._pages[page] for page in pages]
@@ -72,6 +82,7 @@ class StagedPages:
         self._module = torch.get_device_module(pool.pages.device)
         self._stream = self._module.Stream(device=pool.pages.device)
         self.batch_pages = max(1, _STAGING_BYTES // pool.bytes_per_page)
+        self.write_share = 1.0
         staging = torch.empty((self.batch_pages, pool.bytes_per_page), dtype=torch.uint8, pin_memory=True)
         self._staging = staging
         self._views: NDArray[np.uint8] = staging.numpy()
