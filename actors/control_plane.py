@@ -333,7 +333,7 @@ class ControlPlane:
         while True:
             await self._log.check()
             self._log.tidy()
-            for node_id in {record.node_id for record in self._roster.records()}:
+            for node_id in sorted({record.node_id for record in self._roster.records()}):
                 self._nodes.ensure(node_id)
             await self._learn_pages()
             self._report()

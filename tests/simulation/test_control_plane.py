@@ -7,6 +7,9 @@ one run: `python -m tests.simulation <seed>`.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -71,6 +74,18 @@ def test_a_seed_replays_exactly(seed: int) -> None:
     first, second = run(seed), run(seed)
     assert (first.digest, first.num_callbacks, first.seen) == (second.digest, second.num_callbacks, second.seen)
     assert run(seed + 1).digest != first.digest
+
+
+def test_a_seed_is_the_same_run_in_every_process() -> None:
+    """Sets of strings come in another order in each process: nothing may depend on it."""
+    command = [sys.executable, "-m", "tests.simulation", "201"]
+    tellings = [
+        subprocess.run(
+            command, env=os.environ | {"PYTHONHASHSEED": str(number)}, capture_output=True, check=True
+        ).stdout
+        for number in (1, 2)
+    ]
+    assert tellings[0] == tellings[1]
 
 
 @pytest.mark.deep
