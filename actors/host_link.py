@@ -96,7 +96,9 @@ class HostLink:
         answer = await self._ask()
         if isinstance(answer, HostRefused) and answer.is_final:
             raise ConfigError(answer.message)
-        self._tasks.append(asyncio.create_task(self._run(answer), name="host-link"))
+        running = asyncio.create_task(self._run(answer), name="host-link")
+        running.add_done_callback(self._ended)
+        self._tasks.append(running)
 
     async def leave(self) -> None:
         """Give every slot back: the copier has ended and writes nothing any more. Then `close`."""
@@ -131,6 +133,15 @@ class HostLink:
                 self.num_lost += self._calls.lose_all()
             await pause(self._retry_s(answer))
             answer = await self._ask()
+
+    def _ended(self, running: asyncio.Task[None]) -> None:
+        """A fault of ours: the rank goes on without the tier, and says so."""
+        if running.cancelled():
+            return
+        self.message = "the link to the host tier has failed; the rank's log says why"
+        log.critical("the link to the host tier ends", exc_info=running.exception())
+        if self._calls is not None:
+            self._calls.end()
 
     def _retry_s(self, answer: HostPlace | HostPending | HostRefused) -> float:
         """A tier that has just been lost is asked at once: its actor may be back already."""
