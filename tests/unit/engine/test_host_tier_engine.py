@@ -178,3 +178,34 @@ def test_two_ranks_on_one_arena_equal_plain_generation(tmp_path: Path, policy: W
     assert all(counts.values()), counts
     assert [pending.ended.result(0).status for pending in (*first.flushes, *second.flushes)] == ["flushed"] * 6
     assert any(answer.stats is not None and answer.stats.cached_by_tier["host"] for answer in answers.values())
+
+
+def test_flipped_bits_cost_time_and_never_a_token(tmp_path: Path) -> None:
+    """One bit in each page of the arena, as another process or the memory itself may flip it."""
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, 512, 70).tolist() for _ in range(8)]
+    with model_and_node(tmp_path) as (directory, node):
+        rank = Rank(directory, 96, "write_through", node)
+        try:
+            rank.loop.generate(requests_of(prompts, 4, "before"))
+            rank.settle()
+            num_pages = node.num_committed
+            for slot in node.tier.order:
+                node.arena.pages[slot, rng.integers(rank.runner.bytes_per_page)] ^= 1 << int(rng.integers(8))
+            offered = rank.loop.offer_flush(flush_command("f", "fence", epoch=0))
+            assert isinstance(offered, PendingFlush)
+            rank.loop.turn()
+            answers = rank.loop.generate(requests_of(prompts, 4, "after"))
+            rank.settle()
+        finally:
+            rank.loop.close()
+        rank.scheduler.check()
+        node.check()
+        host = rank.loop.snapshot().host
+        assert host is not None
+        assert num_pages == len(prompts) * 9
+        assert (host.num_loaded_pages, host.misses["corrupt"]) == (0, len(prompts))
+        assert node.tier.counts().quarantined == len(prompts), "each bad page that was read is out of use"
+    plain = PlainModel(directory)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        plain.compare(prompt, answer.token_ids)
