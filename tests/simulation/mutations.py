@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -18,8 +18,9 @@ from actors.control_log import ControlLog
 from actors.flush_machine import FlushMachine
 from actors.flush_plan import FlushPlan
 from actors.lease_book import LeaseBook
-from actors.messages import RankRecord
+from actors.messages import LeaseAnswer, NodeRenewal, RankRecord
 from actors.node_agent import NodeAgent
+from actors.nodes import Nodes
 from actors.rank_words import RankWords
 from cache.control_page import ControlPageWriter, FileIdentity
 from cache.device_cache import DeviceCache
@@ -30,6 +31,8 @@ from engine.control_words import ControlWords
 from engine.events import TurnStarted
 from engine.flush_gate import FlushGate
 from engine.loop import EngineLoop
+from tests.simulation.log_writing import StoreFaults
+from tests.simulation.network import Weather
 from tests.simulation.rank import Rank
 
 
@@ -158,7 +161,17 @@ def _never_superseded(self: ControlLog) -> None:
     self._see_past(self._next - 1, self._clock.now_s())
 
 
+def _grant_floor_of_before(self: Nodes, renewal: NodeRenewal, handle: Any) -> LeaseAnswer:
+    return replace(_renew(self, renewal, handle), floor=0)
+
+
+_renew = Nodes.renew
+
+
 _BUSY = {"num_requests": 60, "num_flushes": 12, "length_s": 12.0}
+
+_LATE_STORE = StoreFaults(typical_s=0.02, share_slow=0.0, slow_s=0.0, share_failing=0.0, share_preempted=0.0)
+_DOUBLED = Weather(typical_s=0.005, share_slow=0.2, slow_s=0.5, share_lost=0.0, share_doubled=0.5)
 
 ALL = (
     Mutation(
@@ -210,6 +223,27 @@ ALL = (
         "grants without a check of the store",
         ((LeaseBook, "why_not", _grant_without_check),),
         _BUSY | {"faults": ("second_controller",), "num_faults": 3, "num_nodes": 3},
+    ),
+    Mutation(
+        "a lease for a node that a flush counts as out of lease",
+        ((LeaseBook, "withhold", lambda self, node_ids: None),),
+        _BUSY
+        | {
+            "modes": ("wait", "drain"),
+            "faults": ("freeze_agent", "cut_off"),
+            "num_faults": 9,
+            "store_faults": _LATE_STORE,
+        },
+    ),
+    Mutation(
+        "a grant older than its sender's own floor",
+        ((Nodes, "renew", _grant_floor_of_before),),
+        _BUSY | {"faults": ("freeze_agent", "cut_off"), "num_faults": 9},
+    ),
+    Mutation(
+        "verdicts are not remembered",
+        ((FlushGate, "_keep", lambda self, *facts: None),),
+        _BUSY | {"weather": _DOUBLED},
     ),
     Mutation(
         "writes not fenced by the log",
