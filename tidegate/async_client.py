@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,7 +18,9 @@ from tidegate.results import (
     FlushResult,
     Generation,
     Json,
+    ProfileResult,
     ServerStatus,
+    TraceList,
 )
 from tidegate.sync_client import GENERATION_S
 from tidegate.transports import AsyncActorTransport, AsyncHttpTransport
@@ -73,6 +76,22 @@ class AsyncClient:
     async def abort(self, request_id: str | None = None, *, all: bool = False) -> AbortResult:
         """See Client.abort."""
         return await self._transport.run(calls.abort(request_id, all))
+
+    async def start_profile(self, **options: Any) -> ProfileResult:
+        """See Client.start_profile."""
+        return await self._transport.run(calls.start_profile(options))
+
+    async def stop_profile(self) -> ProfileResult:
+        """See Client.stop_profile."""
+        return await self._transport.run(calls.stop_profile())
+
+    async def profiles(self) -> TraceList:
+        """See Client.profiles."""
+        return await self._transport.run(calls.profiles())
+
+    async def save_profile(self, name: str, file: Path) -> None:
+        """See Client.save_profile."""
+        await self._transport.save(calls.trace(name), file)
 
     async def generate(
         self,

@@ -21,13 +21,17 @@ from tidegate.results import (
     FlushResult,
     Generation,
     Json,
+    ProfileResult,
     ServerStatus,
+    TraceList,
 )
 
 T = TypeVar("T")
 
 #: beyond a control call's own timeout: the server's answer comes by its deadline, however the ranks are
 GRACE_S = 15.0
+#: ranks import torch's profiler the first time, and write what may be hundreds of MB
+PROFILE_START_S, PROFILE_STOP_S = 130.0, 310.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +129,35 @@ def abort(request_id: str | None, everything: bool) -> Call[AbortResult]:
     return Call(
         (Ask("POST", "/abort_request", body),), GRACE_S, lambda answer: AbortResult.of(must_succeed(answer)), method
     )
+
+
+def start_profile(options: Json) -> Call[ProfileResult]:
+    given = _given(options)
+
+    def read(answer: Json) -> ProfileResult:
+        return ProfileResult.of(must_succeed(answer))
+
+    method = ("start_profile", {"arguments": given, "caller": "python client"})
+    return Call((Ask("POST", "/v1/profiles/start", given),), PROFILE_START_S, read, method)
+
+
+def stop_profile() -> Call[ProfileResult]:
+    def read(answer: Json) -> ProfileResult:
+        return ProfileResult.of(must_succeed(answer))
+
+    method = ("stop_profile", {"caller": "python client"})
+    return Call((Ask("POST", "/v1/profiles/stop"),), PROFILE_STOP_S, read, method)
+
+
+def profiles() -> Call[TraceList]:
+    def read(answer: Json) -> TraceList:
+        return TraceList.of(must_succeed(answer))
+
+    return Call((Ask("GET", "/v1/profiles"),), GRACE_S, read, ("profiles", {}))
+
+
+def trace(name: str) -> Ask:
+    return Ask("GET", f"/v1/profiles/{quote(name)}")
 
 
 def generate(body: Json, timeout_s: float) -> Call[Generation]:

@@ -15,10 +15,10 @@ import typer
 import yaml
 from rich.console import Console
 
-from configs.errors import ConfigError, TidegateError
+from configs.errors import ConfigError, InvalidField, TidegateError
 from configs.load import load_settings
 from configs.schema import ControlSettings, Settings
-from tidegate import tables
+from tidegate import profile_commands, tables
 from tidegate.cache_commands import audit, cache, flush
 from tidegate.client import ADMIN_KEY_VARIABLE, Client, Unreachable
 from tidegate.options import DEFAULT_URL, ApiKey, AsJson, Url, show
@@ -53,7 +53,7 @@ def _report(error: TidegateError) -> int:
     Console(stderr=True).print(f"tidegate: {error.message}", style="red", soft_wrap=True, highlight=False, markup=False)
     if isinstance(error, Unreachable):
         return 3
-    return 2 if isinstance(error, ConfigError) else 1
+    return 2 if isinstance(error, ConfigError | InvalidField) else 1
 
 
 @app.command()
@@ -160,6 +160,7 @@ def demo_model(
 app.command()(flush)
 app.command()(cache)
 app.command()(audit)
+app.add_typer(profile_commands.app, name="profile")
 
 
 @app.command()

@@ -164,6 +164,36 @@ class AuditEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class ProfileResult:
+    """A profile that has begun or ended, or what there is of profiles."""
+
+    profile_id: str
+    message: str
+    #: per rank: rank, incarnation, node, status, message; after a stop also traces: name, bytes, stage, num_steps
+    ranks: tuple[Json, ...]
+    raw: Json = field(repr=False)
+
+    @classmethod
+    def of(cls, answer: Json) -> ProfileResult:
+        return cls(str(answer.get("profile_id") or ""), str(answer.get("message") or ""), _rows(answer), answer)
+
+
+@dataclass(frozen=True, slots=True)
+class TraceList:
+    """Traces of all nodes, newest first, and what is being recorded."""
+
+    #: rank -> id of the profile under way there
+    running: Mapping[str, str]
+    #: name, bytes, modified_s (seconds since 1970), node, incarnation
+    traces: tuple[Json, ...]
+    raw: Json = field(repr=False)
+
+    @classmethod
+    def of(cls, answer: Json) -> TraceList:
+        return cls(dict(answer.get("running") or {}), tuple(answer.get("traces") or ()), answer)
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """One sequence of /generate, whole, or as far as a stream has come (then `finish_reason` is None)."""
 
@@ -230,6 +260,10 @@ class ChatAnswer:
             cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0),
             raw=answer,
         )
+
+
+def _rows(answer: Json) -> tuple[Json, ...]:
+    return tuple(answer.get("ranks") or ())
 
 
 def _row(name: str, row: Json, mode: str) -> VerdictRow:

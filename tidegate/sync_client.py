@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,7 +18,9 @@ from tidegate.results import (
     FlushResult,
     Generation,
     Json,
+    ProfileResult,
     ServerStatus,
+    TraceList,
 )
 from tidegate.transports import ActorTransport, HttpTransport
 
@@ -87,6 +90,26 @@ class Client:
     def abort(self, request_id: str | None = None, *, all: bool = False) -> AbortResult:
         """End one request by its exact id, or all. Raises ControlUnavailable if a rank did not answer."""
         return self._transport.run(calls.abort(request_id, all))
+
+    def start_profile(self, **options: Any) -> ProfileResult:
+        """Record engine steps on every rank, or on none. options: of /start_profile, e.g. num_steps, profile_by_stage,
+        output_dir, activities, with_stack. Raises Conflict if a profile is under way."""
+        return self._transport.run(calls.start_profile(options))
+
+    def stop_profile(self) -> ProfileResult:
+        """End the profile under way and wait for its traces. Raises Conflict if there is none."""
+        return self._transport.run(calls.stop_profile())
+
+    def profiles(self) -> TraceList:
+        """The traces of all nodes, newest first, and what is being recorded."""
+        return self._transport.run(calls.profiles())
+
+    def save_profile(self, name: str, file: Path) -> None:
+        """Fetch a trace of `profiles` into `file`, which appears when it is whole. Only over HTTP.
+
+        Raises UnknownResource; OSError if it cannot be written.
+        """
+        self._transport.save(calls.trace(name), file)
 
     def generate(
         self,

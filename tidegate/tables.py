@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
 from rich.console import Group
@@ -100,6 +101,27 @@ def status(answer: Mapping[str, Any]) -> Shown:
             f"{100 * row.get('cache_hit_rate', 0.0):.0f} %",
         )  # fmt: skip
     return Group(_headline(answer, ("model", "version", "context_length", "epoch", "controller")), *_if_rows(table))
+
+
+def profile(answer: Mapping[str, Any]) -> Shown:
+    """A profile's start or stop, one row per rank and trace."""
+    table = _table("rank", "incarnation", "state", "trace", "size", "steps")
+    for row in answer.get("ranks") or ():
+        for trace in row.get("traces") or ({},):
+            size = _size(trace["bytes"]) if trace else ""
+            name, steps = str(trace.get("name", "")), str(trace.get("num_steps", ""))
+            table.add_row(str(row.get("rank")), str(row.get("incarnation")), _verdict(row), name, size, steps)
+    return Group(_headline(answer, ("profile_id",)), *_if_rows(table))
+
+
+def traces(answer: Mapping[str, Any]) -> Shown:
+    """The traces that all nodes have, and what is being recorded."""
+    table = _table("trace", "size", "written", "node")
+    for trace in answer.get("traces") or ():
+        written = datetime.fromtimestamp(trace["modified_s"], UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        table.add_row(trace["name"], _size(trace["bytes"]), written, str(trace.get("node"))[:12])
+    lines = [Text(f"rank {rank} records profile {of}") for rank, of in (answer.get("running") or {}).items()]
+    return Group(_headline(answer, ()), *lines, *_if_rows(table))
 
 
 def doctor(answer: Mapping[str, Any]) -> Shown:

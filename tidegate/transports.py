@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Awaitable, Generator
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
 
 import httpx
 
@@ -51,6 +53,19 @@ class HttpTransport:
         except httpx.HTTPError as error:
             raise _unreachable(self._url, error) from None
 
+    def save(self, ask: Ask, file: Path) -> None:
+        """Write the answer's bytes to `file`, which appears when they are all there."""
+        try:
+            with self._http.stream(ask.method, ask.path, timeout=_BETWEEN_EVENTS_S) as response:
+                if response.status_code != 200:
+                    response.read()
+                    _answer(self._url, ask, response)
+                with _appearing(file) as sink:
+                    for chunk in response.iter_raw():
+                        sink.write(chunk)
+        except httpx.HTTPError as error:
+            raise _unreachable(self._url, error) from None
+
     def close(self) -> None:
         self._http.close()
 
@@ -93,6 +108,18 @@ class AsyncHttpTransport:
         except httpx.HTTPError as error:
             raise _unreachable(self._url, error) from None
 
+    async def save(self, ask: Ask, file: Path) -> None:
+        try:
+            async with self._http.stream(ask.method, ask.path, timeout=_BETWEEN_EVENTS_S) as response:
+                if response.status_code != 200:
+                    await response.aread()
+                    _answer(self._url, ask, response)
+                with _appearing(file) as sink:
+                    async for chunk in response.aiter_raw():
+                        sink.write(chunk)
+        except httpx.HTTPError as error:
+            raise _unreachable(self._url, error) from None
+
     async def close(self) -> None:
         await self._http.aclose()
 
@@ -120,6 +147,9 @@ class ActorTransport:
     def events(self, call: Streamed[T]) -> Generator[T, None, None]:
         raise _only_over_http(call.ask)
 
+    def save(self, ask: Ask, file: Path) -> None:
+        raise _only_over_http(ask)
+
     def close(self) -> None:
         """Nothing to close: the handle is the caller's."""
 
@@ -138,6 +168,9 @@ class AsyncActorTransport:
 
     def events(self, call: Streamed[T]) -> AsyncGenerator[T, None]:
         raise _only_over_http(call.ask)
+
+    async def save(self, ask: Ask, file: Path) -> None:
+        raise _only_over_http(ask)
 
     async def close(self) -> None:
         """Nothing to close: the handle is the caller's."""
@@ -171,6 +204,18 @@ class EventReader:
         """Raises StreamCut unless the server said that this is the end."""
         if not self._is_done:
             raise StreamCut("the stream ended before its answer did")
+
+
+@contextmanager
+def _appearing(file: Path) -> Iterator[BinaryIO]:
+    """A file to write into that takes its name when the block ends well, and is removed otherwise."""
+    unfinished = file.with_name(f"{file.name}.part")
+    try:
+        with open(unfinished, "wb") as sink:
+            yield sink
+        unfinished.rename(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _headers(key: str | None) -> dict[str, str]:

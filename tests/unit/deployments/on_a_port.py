@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import uvicorn
 
@@ -13,9 +14,11 @@ from tests.unit.deployments.api_server import Demo, Server, serving, until
 
 
 @asynccontextmanager
-async def on_a_port(demo: Demo, keys: Keys | None = None, num_ranks: int = 2) -> AsyncIterator[tuple[Server, str]]:
+async def on_a_port(
+    demo: Demo, keys: Keys | None = None, num_ranks: int = 2, traces: Path | None = None
+) -> AsyncIterator[tuple[Server, str]]:
     """The HTTP door on a port of its own, and its address."""
-    async with serving(demo, num_ranks=num_ranks, keys=keys) as server:
+    async with serving(demo, num_ranks=num_ranks, keys=keys, traces=traces) as server:
         config = uvicorn.Config(server.app, port=0, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
         door = uvicorn.Server(config)
         listener = config.bind_socket()

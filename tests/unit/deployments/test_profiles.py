@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from configs.errors import Conflict, InvalidField, UnknownResource
 from deployments.auth import Keys
 from tests.unit.deployments.api_server import Demo, Server, scenario, serving
+from tests.unit.deployments.on_a_port import on_a_port
+from tests.unit.deployments.test_command_line import tidegate
 from tests.unit.deployments.test_grpc import grpc_door
+from tidegate import AsyncClient
 
 BODY = {"text": "hello", "sampling_params": {"max_new_tokens": 4, "ignore_eos": True}}
 LIGHT = {"with_stack": False, "record_shapes": False}
@@ -132,6 +139,38 @@ async def test_profiles_belong_to_the_admin_key(demo: Demo, tmp_path: Path) -> N
         for method, path in (("POST", "/start_profile"), ("POST", "/v1/profiles/stop"), ("GET", "/v1/profiles")):
             refused = await server.client.request(method, path, headers={"authorization": "Bearer user"})
             assert refused.status_code == 403
+
+
+@scenario
+async def test_profiles_from_the_command_line_and_the_client(demo: Demo, tmp_path: Path) -> None:
+    async with on_a_port(demo, num_ranks=2, traces=tmp_path / "traces") as (server, url):
+        assert (await tidegate("profile", "stop", "--url", url)).status == 1
+        begun = await tidegate("profile", "start", "--url", url, "--id", "c-1", "--no-stack", "--output-dir", "cli")
+        assert (begun.status, begun.out.count("started")) == (0, 2), begun
+        again = await tidegate("profile", "start", "--url", url)
+        assert (again.status, "already in progress" in again.err) == (1, True)
+        assert (await tidegate("profile", "start", "--url", url, "--steps", "0")).status == 2
+        await steps_on_every_rank(server)
+        ended = await tidegate("profile", "stop", "--url", url, "--json")
+        assert json.loads(ended.out)["profile_id"] == "c-1"
+        listed = await tidegate("profile", "list", "--url", url)
+        name = "cli/c-1-rank1.trace.json.gz"
+        assert name in listed.out
+        file = tmp_path / "fetched.json.gz"
+        assert (await tidegate("profile", "get", name, "--to", str(file), "--url", url)).status == 0
+        assert file.read_bytes() == (tmp_path / "traces" / name).read_bytes()
+        async with AsyncClient(url) as client:
+            with pytest.raises(UnknownResource):
+                await client.save_profile("none.trace.json.gz", tmp_path / "none")
+            with pytest.raises(Conflict, match="not in progress"):
+                await client.stop_profile()
+            with pytest.raises(InvalidField, match="activities"):
+                await client.start_profile(activities=["RPD"])
+            assert (await client.start_profile(profile_id="c-2", with_stack=False)).profile_id == "c-2"
+            assert (await client.profiles()).running == {"0": "c-2", "1": "c-2"}
+            assert [row["status"] for row in (await client.stop_profile()).ranks] == ["written", "written"]
+    # nothing half fetched is left
+    assert sorted(os.listdir(tmp_path)) == ["fetched.json.gz", "traces"]
 
 
 @scenario
