@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import xxhash
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from configs.errors import ConfigError
 from engine.attention import ATTENTION_NAME
 from engine.device import resolve_device
 from engine.model_checks import check_attention_config, check_max_len, check_model_class, read_config
 from engine.probe import AttentionShape, probe_attention
+from engine.quiet_loading import without_progress_bars
+from engine.weights import LiveWeights
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,7 +44,7 @@ class ModelFacts:
     num_parameters: int
     #: of one token's KV: dtype and shape; pages of another layout are never attached
     layout_digest: str
-    #: of what was loaded, in the dtype it is served in
+    #: of what was loaded, in the dtype it is served in (engine/weights.py)
     weights_digest: str
 
     @property
@@ -62,6 +59,7 @@ class LoadedModel:
     module: PreTrainedModel
     facts: ModelFacts
     device: torch.device
+    weights: LiveWeights
 
 
 def load_model(directory: Path, device: str, dtype: str, max_len: int | None) -> LoadedModel:
@@ -69,6 +67,7 @@ def load_model(directory: Path, device: str, dtype: str, max_len: int | None) ->
 
     device: auto, cpu, cuda, cuda:1, ...  dtype: float32, bfloat16, float16, or auto: the checkpoint's own, but
     float32 where it is float16 and the device is a CPU.  max_len: tokens; None: the model's own.
+    The weights lie in memory of their own: a checkpoint that is written over changes nothing that is served.
     Runs no code from the directory. Raises ConfigError, with the reason, for what cannot work: missing or broken
     files, weights that do not fit, and models that need another cache than pages of keys and values.
     """
@@ -80,19 +79,9 @@ def load_model(directory: Path, device: str, dtype: str, max_len: int | None) ->
     module = _read_weights(directory, model_class, dtype, target)
     shape = probe_attention(module, served_len)
     module.set_attn_implementation(ATTENTION_NAME)
-    return LoadedModel(module, _facts(directory, config, module, shape, served_len), target)
-
-
-def weights_digest(module: torch.nn.Module) -> str:
-    """xxh3-128 over names, dtypes, shapes and bytes of all weights, in the order of names; 32 hex digits.
-
-    Tied weights count once per name. Reads every weight once (about 10 GB/s from CPU memory).
-    """
-    digest = xxhash.xxh3_128()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(_raw_bytes(tensor).numpy().data)
-    return digest.hexdigest()
+    weights = LiveWeights(module)
+    facts = _facts(directory, config, module, shape, served_len, weights.facts.digest)
+    return LoadedModel(module, facts, target, weights)
 
 
 def _read_weights(
@@ -101,7 +90,7 @@ def _read_weights(
     if dtype != "auto" and dtype not in _DTYPES:
         raise ConfigError(f"dtype {dtype!r} is none of auto, {', '.join(_DTYPES)} (model.dtype)")
     try:
-        with _without_progress_bars():
+        with without_progress_bars():
             loaded = model_class.from_pretrained(
                 directory,
                 dtype=_DTYPES.get(dtype, "auto"),
@@ -136,7 +125,12 @@ def _loading_problem(report: dict[str, Any]) -> str:
 
 
 def _facts(
-    directory: Path, config: PretrainedConfig, module: PreTrainedModel, shape: AttentionShape, max_len: int
+    directory: Path,
+    config: PretrainedConfig,
+    module: PreTrainedModel,
+    shape: AttentionShape,
+    max_len: int,
+    weights_digest: str,
 ) -> ModelFacts:
     dtype = str(module.dtype).removeprefix("torch.")
     layout = f"{dtype} L{shape.num_layers} G{shape.num_kv_heads} D{shape.head_dim}"
@@ -153,7 +147,7 @@ def _facts(
         dtype=dtype,
         num_parameters=module.num_parameters(),
         layout_digest=hashlib.blake2b(layout.encode(), digest_size=16).hexdigest(),
-        weights_digest=weights_digest(module),
+        weights_digest=weights_digest,
     )
 
 
@@ -165,19 +159,3 @@ def _eos_token_ids(config: PretrainedConfig, module: PreTrainedModel) -> tuple[i
         if eos is not None:
             return tuple(int(token) for token in (eos if isinstance(eos, list | tuple) else [eos]))
     return ()
-
-
-def _raw_bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().cpu().view(-1).view(torch.uint8)
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """A server's log is no terminal."""
-    was_enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            transformers_logging.enable_progress_bar()

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from configs.errors import ConfigError
-from engine.models import LoadedModel, load_model, weights_digest
+from engine.models import LoadedModel, load_model
 from tests.models import ARCHITECTURES, Architecture, write_checkpoint, write_random_model
 
 
@@ -70,12 +70,26 @@ def test_the_weights_digest_is_of_the_content(tmp_path: Path) -> None:
     assert first.facts.layout_digest == other.facts.layout_digest != half.facts.layout_digest
 
 
-def test_one_flipped_bit_changes_the_weights_digest(tmp_path: Path) -> None:
+def test_one_flipped_bit_is_damage(tmp_path: Path) -> None:
     model = load(write_random_model(tmp_path, "llama"))
+    assert model.weights.damaged() == []
     weight = model.module.get_parameter("model.layers.1.mlp.up_proj.weight")
     weight.data.view(torch.int32)[3, 5] ^= 1
 
-    assert weights_digest(model.module) != model.facts.weights_digest
+    assert model.weights.damaged() == ["model.layers.1.mlp.up_proj.weight"]
+
+
+def test_a_checkpoint_that_is_written_over_changes_nothing_that_is_served(tmp_path: Path) -> None:
+    directory = write_random_model(tmp_path, "llama")
+    model = load(directory)
+    file = directory / "model.safetensors"
+    with file.open("r+b") as checkpoint:
+        checkpoint.seek(file.stat().st_size // 2)
+        checkpoint.write(bytes(file.stat().st_size // 4))
+    assert model.weights.damaged() == []
+    with file.open("r+b") as checkpoint:  # a mapping of it would end this process with SIGBUS
+        checkpoint.truncate(1024)
+    assert model.weights.damaged() == []
 
 
 # dtypes
