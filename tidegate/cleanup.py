@@ -1,9 +1,10 @@
 """The last one out: a small process that ends what a server started, however the server itself ended.
 
-Run as a program, alone and with the standard library only: `python -I -S cleanup.py hold ROOT RAY_TEMP MARK OWNER`.
+Run as a program, alone and with the standard library only:
+`python -I -S cleanup.py hold ROOT RAY_TEMP MARK OWNER SHARED`.
 Its standard input is a pipe from the server (OWNER): the kernel closes it when the server ends, by SIGKILL too. Then
 every process that the server started is killed and sockets that nobody listens on are removed from the state directory
-(ROOT) and from Ray's temporary folder (RAY_TEMP). As long as it runs it holds the lock of the state directory, so the
+(ROOT) and from Ray's temporary folder (RAY_TEMP), and files of dead writers from the memory they share (SHARED). As long as it runs it holds the lock of the state directory, so the
 next server there waits for the end of this.
 
 Ray's processes end by themselves when their driver does, but some only after half a minute, and a stopped (SIGSTOP)
@@ -22,8 +23,9 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Collection
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 #: first word of the answer on standard output: the lock is held / a living server (its pid follows) has it
@@ -35,15 +37,17 @@ LEFT = b"left"
 _HUNT_S = 6.0
 #: the cleanup needs less than _HUNT_S and some file operations
 _WAIT_S = 9
-#: where the processes of a node share their control page (configs: control.shared_dir), and the size of one
-_SHARED_MEMORY = Path("/dev/shm")
+#: size of a control page
 _PAGE_BYTES = 4096
 #: how long an earlier server's cleanup is waited for; it needs less than _HUNT_S
 _LOCK_WAIT_S = 10
 
 
-def hold(root: Path, ray_temp: Path, mark: str, owner: int) -> int:
-    """Hold the lock while `owner` lives, then clean up. Exit status 1: the lock is another living server's."""
+def hold(root: Path, ray_temp: Path, mark: str, owner: int, shared: Path) -> int:
+    """Hold the lock while `owner` lives, then clean up. Exit status 1: the lock is another living server's.
+
+    shared: where the processes of a node share their files (configs: control.shared_dir).
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     descriptor = os.open(root / "server.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -59,8 +63,8 @@ def hold(root: Path, ray_temp: Path, mark: str, owner: int) -> int:
     family.end(_HUNT_S)
     for folder in {root, ray_temp}:
         sweep_sockets(folder)
-    if _SHARED_MEMORY.is_dir():
-        sweep_pages(_SHARED_MEMORY, with_kv=has_left)
+    if shared.is_dir():
+        sweep_pages(shared, kv_of=family.seen if has_left else ())
     return 0
 
 
@@ -94,6 +98,8 @@ class Family:
     cwd: Path
     #: Ray puts the folders of jobs below its sessions in here
     ray_temp: Path
+    #: every member that `end` has found
+    seen: set[int] = field(default_factory=set)
 
     def members(self) -> list[int]:
         """Pids of all living ones, the server and this process left out."""
@@ -115,6 +121,7 @@ class Family:
         """SIGKILL every member, until none is left or `hunt_s` is over; returns the pids left."""
         deadline = time.monotonic() + hunt_s
         while (pids := self.members()) and time.monotonic() < deadline:
+            self.seen.update(pids)
             self._kill_and_wait(pids, deadline)
         return pids
 
@@ -155,18 +162,18 @@ def sweep_sockets(folder: Path) -> list[Path]:
     return dead
 
 
-def sweep_pages(folder: Path, with_kv: bool = False) -> list[Path]:
+def sweep_pages(folder: Path, kv_of: Collection[int] = ()) -> list[Path]:
     """Remove the control pages in `folder` that no living process writes or reads; returns what was removed.
 
-    with_kv: files that hold KV pages too. After a crash they stay: the next server takes them over, warm
-    (cache/orphans.py).
+    kv_of: pids of writers whose files that hold KV pages go as well. After a crash those stay: the next server takes
+    them over, warm (cache/orphans.py).
     """
     removed: list[Path] = []
     for lock in folder.glob("tidegate-*.lock"):
         page = lock.with_suffix(".kv")
         try:
             holds_kv = page.exists() and page.stat().st_size > _PAGE_BYTES
-            if (holds_kv and not with_kv) or not _is_unlocked(lock):
+            if (holds_kv and _writer_of(lock) not in kv_of) or not _is_unlocked(lock):
                 continue
         except OSError:  # another user's, or gone meanwhile
             continue
@@ -174,6 +181,12 @@ def sweep_pages(folder: Path, with_kv: bool = False) -> list[Path]:
             path.unlink(missing_ok=True)
             removed.append(path)
     return removed
+
+
+def _writer_of(lock: Path) -> int:
+    """Pid that the last writer has recorded in its lock file (cache/writer_lock.py); 0 if there is none."""
+    pid = lock.read_text().partition(" ")[0]
+    return int(pid) if pid.isdigit() else 0
 
 
 def _is_unlocked(lock: Path) -> bool:
@@ -236,4 +249,4 @@ def _is_dead(path: Path) -> bool:
 if __name__ == "__main__":
     if sys.argv[1] == "wait":
         sys.exit(wait(int(sys.argv[2]), int(sys.argv[3])))
-    sys.exit(hold(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], int(sys.argv[5])))
+    sys.exit(hold(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], int(sys.argv[5]), Path(sys.argv[6])))

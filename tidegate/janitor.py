@@ -30,15 +30,15 @@ class Janitor:
         self.mark = mark
 
     @classmethod
-    def start(cls, state: StateDir) -> Janitor:
-        """Take the state directory for this process, and have someone who cleans up after it.
+    def start(cls, state: StateDir, shared: Path = Path("/dev/shm")) -> Janitor:
+        """Take the state directory for this process, and have someone who cleans up after it, in `shared` too.
 
         Waits up to 10 s for the cleanup of a server that has just been killed. From the return on, every child of
         this process carries the mark. Raises ConfigError when another living server has the state directory.
         """
         mark = f"{MARK_NAME}={secrets.token_hex(8)}"
         process = subprocess.Popen(
-            [*_PROGRAM, "hold", str(state.root), str(state.ray_temp), mark, str(os.getpid())],
+            [*_PROGRAM, "hold", str(state.root), str(state.ray_temp), mark, str(os.getpid()), str(shared)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # a session of its own: Ctrl-C and a kill of the server's process group do not reach it

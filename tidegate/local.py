@@ -59,7 +59,7 @@ class LocalServer:
             _check_model(resolved.settings.model.path)
         for note in notes:
             self._progress.note(f"note: {note}")
-        self._janitor = Janitor.start(state)
+        self._janitor = Janitor.start(state, self._given.control.shared_dir)
         # after the janitor: it has waited for a server that was killed a moment ago and still had the ports
         settings = _with_settled_ports(resolved.settings)
         state.drop_old_runs()

@@ -160,11 +160,8 @@ class Server:
         """Processes, sockets and shared memory that outlived the command; memory that lay there before is not its."""
         left = [f"{pid}: {command}" for pid, command in marked_processes(self.mark).items()]
         left += [str(path) for path in self.state_dir.rglob("*") if path.is_socket()]
-        return left + self.leftovers_in_memory()
-
-    def leftovers_in_memory(self) -> list[str]:
-        """Files of shared memory that nobody uses and that were not there before the command."""
-        return sorted(orphaned_memory() - self._orphans_before)
+        left += sorted(orphaned_memory() - self._orphans_before)
+        return left
 
     def close(self) -> None:
         """End whatever is left, by pid; for fixtures whose test failed half way."""
