@@ -18,7 +18,7 @@ from engine.flush import FLUSH_MODES
 from tests.simulation.draw import FAULTS
 from tests.simulation.world import run
 
-NUM_SEEDS = 240
+NUM_SEEDS = 210
 NUM_PARTS = 6
 NUM_DEEP_SEEDS = 12_000
 NUM_DEEP_PARTS = 24
