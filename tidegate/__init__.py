@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tidegate.async_client import AsyncClient
-    from tidegate.faults import FlushFailed, StreamCut, Unreachable
+    from tidegate.faults import FlushFailed, NoAnswer, StreamCut, Unreachable
     from tidegate.sync_client import Client
 
-__all__ = ["AsyncClient", "Client", "FlushFailed", "StreamCut", "Unreachable"]
+__all__ = ["AsyncClient", "Client", "FlushFailed", "NoAnswer", "StreamCut", "Unreachable"]
 
 _HOMES = {
     "AsyncClient": "tidegate.async_client",
     "Client": "tidegate.sync_client",
     "FlushFailed": "tidegate.faults",
+    "NoAnswer": "tidegate.faults",
     "StreamCut": "tidegate.faults",
     "Unreachable": "tidegate.faults",
 }

@@ -11,7 +11,7 @@ import typer
 
 from configs.errors import ConfigError
 from tidegate import tables
-from tidegate.client import Client, NoAnswer
+from tidegate.client import NoAnswer, RawClient
 from tidegate.options import DEFAULT_URL, AdminKey, AsJson, Url, show
 
 #: options that go with --cancel and --read
@@ -50,7 +50,7 @@ def flush(
     as_json: AsJson = False,
 ) -> None:
     """Flush the cache of every rank. Exit status 0 only if every rank and tier did."""
-    client = Client(url, admin_key)
+    client = RawClient(url, admin_key)
     if cancel is not None or read is not None:
         _refuse_others(context, both=cancel is not None and read is not None)
         if cancel is not None:
@@ -73,7 +73,7 @@ def flush(
 
 def cache(url: Url = DEFAULT_URL, admin_key: AdminKey = None, as_json: AsJson = False) -> None:
     """Epoch, floor, pending flush, how full the tiers are, and every rank and node. Status 0 only if all answer."""
-    answer = Client(url, admin_key).cache()
+    answer = RawClient(url, admin_key).cache()
     show(answer, tables.cache(answer), as_json)
 
 
@@ -85,11 +85,11 @@ def audit(
     as_json: AsJson = False,
 ) -> None:
     """Who asked for which flush or control call, refused ones too, and what came of it."""
-    answer = Client(url, admin_key).audit(limit, flush_id)
+    answer = RawClient(url, admin_key).audit(limit, flush_id)
     show(answer, tables.audit(answer), as_json)
 
 
-def _flush(client: Client, *, flush_id: str, **arguments: Any) -> Mapping[str, Any]:
+def _flush(client: RawClient, *, flush_id: str, **arguments: Any) -> Mapping[str, Any]:
     """The flush, under an id by which it can be asked about when its answer is lost."""
     try:
         return client.flush(flush_id=flush_id, **arguments)

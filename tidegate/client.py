@@ -1,4 +1,4 @@
-"""A small client of the control routes, for scripts and the command line."""
+"""The command line's own client of the control routes: what it prints are the server's answers, refusals included."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ class NoAnswer(Unreachable):
     """The call was sent, and its answer did not come: it may have been carried out."""
 
 
-class Client:
-    """Calls of one server, one at a time. Answers are the server's own dicts, refusals included.
+class RawClient:
+    """Calls of one server, one at a time. Answers are the server's own dicts, refusals included; programs want
+    `tidegate.Client`, which raises them.
 
     Raises Unreachable; Unauthorized and Forbidden for keys that are missing or not enough; ServiceError for any other
     refusal that is no answer to the question.

@@ -20,7 +20,7 @@ from configs.load import load_settings
 from configs.schema import ControlSettings, Settings
 from tidegate import profile_commands, tables
 from tidegate.cache_commands import audit, cache, flush
-from tidegate.client import ADMIN_KEY_VARIABLE, Client, Unreachable
+from tidegate.client import ADMIN_KEY_VARIABLE, RawClient, Unreachable
 from tidegate.options import DEFAULT_URL, ApiKey, AsJson, Url, show
 
 app = typer.Typer(
@@ -170,7 +170,7 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """What is served, and what every rank has to do. Exit status 0 only if every rank answers."""
-    answer = Client(url, api_key).status()
+    answer = RawClient(url, api_key).status()
     show(answer, tables.status(answer), as_json)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from configs.errors import ServiceError
-from tidegate.client import Unreachable
+from tidegate.client import NoAnswer, Unreachable
 from tidegate.results import FlushResult
 
-__all__ = ["FlushFailed", "StreamCut", "Unreachable"]
+__all__ = ["FlushFailed", "NoAnswer", "StreamCut", "Unreachable"]
 
 
 class StreamCut(ServiceError):

@@ -13,7 +13,7 @@ import httpx
 from configs.errors import ConfigError, InvalidField, NotOffered, ServiceError
 from tidegate.answers import Json, error_of, is_answer
 from tidegate.calls import Ask, Call, Streamed
-from tidegate.faults import StreamCut, Unreachable
+from tidegate.faults import NoAnswer, StreamCut, Unreachable
 
 T = TypeVar("T")
 
@@ -237,9 +237,11 @@ def _shown(call: Streamed[T], event: Json | None) -> T | None:
 
 
 def _unreachable(url: str, error: httpx.HTTPError) -> Unreachable:
+    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.UnsupportedProtocol):
+        return Unreachable(f"{url} cannot be reached: {error}")
     if isinstance(error, httpx.TimeoutException):
-        return Unreachable(f"{url} did not answer in time")
-    return Unreachable(f"{url} cannot be reached: {error}")
+        return NoAnswer(f"{url} did not answer in time")
+    return NoAnswer(f"{url} broke the connection: {error}")
 
 
 def _answer(url: str, ask: Ask, response: httpx.Response) -> Json:
@@ -271,8 +273,8 @@ def _read(call: Call[T], outcome: Any) -> T:
     from actors.ray_errors import CallFailed
 
     if isinstance(outcome, CallFailed):
-        kind = ServiceError if outcome.kind == "error" else Unreachable
-        raise kind(f"the controller does not answer: {outcome.message}")
+        kinds: dict[str, type[ServiceError]] = {"error": ServiceError, "died": Unreachable}
+        raise kinds.get(outcome.kind, NoAnswer)(f"the controller does not answer: {outcome.message}")
     answer = outcome.value
     code = answer.get("http_status") or (200 if answer.get("success") is True else 503)
     if is_answer(answer, code, call.asks[0].answers_with):

@@ -30,7 +30,7 @@ from deployments.auth import Keys
 from tests.unit.deployments.api_server import Demo, Server, scenario, serving, until
 from tests.unit.deployments.local_ranks import Handle
 from tests.unit.deployments.on_a_port import on_a_port, traffic
-from tidegate import AsyncClient, Client, FlushFailed, StreamCut, Unreachable
+from tidegate import AsyncClient, Client, FlushFailed, NoAnswer, StreamCut, Unreachable
 from tidegate.results import Generation
 
 LONG: dict[str, Any] = {"max_new_tokens": 2000, "ignore_eos": True}
@@ -217,6 +217,14 @@ def test_nobody_and_strangers_are_unreachable() -> None:
     page = httpx.MockTransport(lambda request: httpx.Response(200, text="<html>"))
     with Client("http://elsewhere", transport=page) as client, pytest.raises(Unreachable, match="is it Tidegate"):
         client.cache()
+
+
+def test_a_call_that_was_sent_and_not_answered_may_have_been_carried_out() -> None:
+    def lose(request: httpx.Request) -> httpx.Response:
+        raise httpx.ReadTimeout("no answer", request=request)
+
+    with Client("http://slow", transport=httpx.MockTransport(lose)) as client, pytest.raises(NoAnswer, match="in time"):
+        client.flush()
 
 
 def test_a_stream_without_its_end_is_cut() -> None:
