@@ -85,4 +85,5 @@ def host_facts(snapshot: EngineSnapshot, link: HostLink | None) -> dict[str, Any
         "commits": dict(counters.commits),
         "drops": dict(counters.drops),
     }
-    return facts | ({} if link is None else link.facts())
+    no_link = {"is_attached": False, "message": "the rank has not joined yet", "num_lost_calls": 0}
+    return facts | (no_link if link is None else link.facts())

@@ -3,9 +3,9 @@
 Run as a program, alone and with the standard library only:
 `python -I -S cleanup.py hold ROOT RAY_TEMP MARK OWNER SHARED`.
 Its standard input is a pipe from the server (OWNER): the kernel closes it when the server ends, by SIGKILL too. Then
-every process that the server started is killed and sockets that nobody listens on are removed from the state directory
-(ROOT) and from Ray's temporary folder (RAY_TEMP), and files of dead writers from the memory they share (SHARED). As long as it runs it holds the lock of the state directory, so the
-next server there waits for the end of this.
+every process that the server started is killed; sockets that nobody listens on are removed from the state directory
+(ROOT) and from Ray's temporary folder (RAY_TEMP), files of dead writers from the memory that they shared (SHARED). As
+long as it runs it holds the lock of the state directory, so the next server there waits for the end of this.
 
 Ray's processes end by themselves when their driver does, but some only after half a minute, and a stopped (SIGSTOP)
 worker, a job's process and files never.
