@@ -102,7 +102,7 @@ class Facts:
 def examine(settings: Settings, facts: Facts) -> list[Finding]:
     """Every check, in the order in which a start would meet them."""
     findings = [_python(facts), *_packages(facts), _tested(facts), _gpu(settings, facts), _shape(settings, facts)]
-    findings += [_shared_memory(facts), _state_dir(facts), *_ports(settings, facts)]
+    findings += [_shared_memory(settings, facts), _state_dir(facts), *_ports(settings, facts)]
     findings += [_ray(facts), _token(facts), _keys(settings), _open_files(facts), _processes(facts)]
     return findings
 
@@ -209,15 +209,15 @@ def _shape(settings: Settings, facts: Facts) -> Finding:
     return Finding("shape", Level.ok, found)
 
 
-def _shared_memory(facts: Facts) -> Finding:
+def _shared_memory(settings: Settings, facts: Facts) -> Finding:
     folder = facts.shared_memory
     found = f"{folder.path}, {_size(folder.free_bytes)} free"
     if not folder.exists or not folder.is_writable:
         advice = "mount a tmpfs there that this user may write (docker: --shm-size), or set control.shared_dir"
         return Finding("shared memory", Level.failed, f"{folder.path} cannot be written", advice)
-    needed = OBJECT_STORE_BYTES + _SHARED_MEMORY_REST
+    needed = OBJECT_STORE_BYTES + _SHARED_MEMORY_REST + int(settings.host_tier.size_gb * GIB)
     if folder.free_bytes < needed:
-        advice = f"make it larger: Ray and the control page take {_size(needed)} (docker: --shm-size=1g)"
+        advice = f"make it larger: Ray, the control page and the host tier take {_size(needed)} (docker: --shm-size)"
         return Finding("shared memory", Level.warning, found, advice)
     return Finding("shared memory", Level.ok, found)
 

@@ -10,6 +10,7 @@ import shutil
 import socket
 import stat
 import sys
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from tidegate import ports
 from tidegate.doctor import Facts, Folder
 from tidegate.state_dir import ray_temp_of
 
-_CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
+#: of a checkout; an installed package has neither
+_CHECKOUT = Path(__file__).resolve().parent.parent
 _CONNECT_S = 2.0
 
 
@@ -34,20 +36,22 @@ def read_facts(settings: Settings, environ: Mapping[str, str]) -> Facts:
     from deployments.hardware import count_gpus, this_node
     from tidegate.local_ray import CPU_RANK_RESOURCE, token_path
 
-    requirements = _requirements()
+    requirements = _requirements(_CHECKOUT / "pyproject.toml")
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     root = settings.resolved_state_dir.expanduser()
     address = environ.get("RAY_ADDRESS") or _written_address(root)
-    hardware: Hardware = this_node({CPU_RANK_RESOURCE: float(settings.dp)}, visible)
+    shared_dir = settings.control.shared_dir
+    own = {CPU_RANK_RESOURCE: float(settings.dp)}
+    hardware: Hardware = this_node(own, visible, shared_dir if shared_dir.is_dir() else None)
     return Facts(
         python=sys.version_info[:3],
         packages={requirement.name: _version(requirement.name) for requirement in requirements},
         requirements=requirements,
-        tested=_tested_versions(_CONSTRAINTS),
+        tested=_tested_versions(_CHECKOUT / "constraints.txt"),
         hardware=hardware,
         num_gpus=count_gpus(visible),
         torch_cuda=_torch_cuda(),
-        shared_memory=folder_facts(settings.control.shared_dir),
+        shared_memory=folder_facts(shared_dir),
         state_dir=folder_facts(root),
         is_serving=server_of(root) is not None,
         ports=_port_faults(settings),
@@ -98,10 +102,16 @@ def connect_fault(address: str) -> str | None:
         return f"does not answer ({error.strerror or error})"
 
 
-def _requirements() -> tuple[Requirement, ...]:
-    """What the installed package asks for; development tools are no part of it."""
+def _requirements(project: Path) -> tuple[Requirement, ...]:
+    """What the package asks for; development tools are no part of it.
+
+    project: pyproject.toml of a checkout, which may have gone on since it was installed.
+    """
     try:
-        lines = importlib.metadata.requires("tidegate") or []
+        if project.is_file():
+            lines = tomllib.loads(project.read_text())["project"]["dependencies"]
+        else:
+            lines = importlib.metadata.requires("tidegate") or []
     except importlib.metadata.PackageNotFoundError:
         raise ConfigError("the package tidegate is not installed here: pip install -c constraints.txt -e .") from None
     wanted = [requirement for requirement in map(Requirement, lines) if requirement.marker is None]

@@ -76,6 +76,7 @@ BROKEN: list[tuple[str, Facts, dict[str, Any], Level, str]] = [
     ("shape", GPUS, {"dp": 3}, Level.failed, "needs 1 GPU"),
     ("shape", WELL, {"dp": 8}, Level.warning, "8 rank(s) on cpu"),
     ("shared memory", replace(WELL, shared_memory=replace(ROOMY, free_bytes=64 * MIB)), {}, Level.warning, "64 MiB"),
+    ("shared memory", WELL, {"host_tier": {"size_gb": 50}}, Level.warning, "50.0 GiB free"),
     ("shared memory", replace(WELL, shared_memory=replace(ROOMY, exists=False)), {}, Level.failed, "cannot be written"),
     ("state directory", replace(WELL, state_dir=replace(ROOMY, is_writable=False)), {}, Level.failed, "written"),
     ("state directory", replace(WELL, state_dir=replace(ROOMY, is_own=False)), {}, Level.failed, "another user"),
@@ -131,6 +132,7 @@ def test_this_machine_is_read_and_left_as_it_was(tmp_path: Path) -> None:
     assert not facts.is_serving
     assert not root.exists()
     by_check = {row.check: row for row in examine(settings, facts)}
+    assert {"llguidance", "packaging"} <= set(facts.packages)
     for check in ("python", "ray", "torch", "transformers", "packages"):
         assert by_check[check].level is Level.ok, by_check[check]
 
