@@ -223,8 +223,6 @@ class DeviceCache:
         The engine loop calls it once a step. Nothing depends on it but memory: dropped pages are free at once.
         """
         budget = self._free_dropped(budget_nodes)
-        if budget > 0:
-            budget = self.index.queue.compact(budget)
         while self.retired and budget > 0:
             budget = self.retired[-1].shrink(budget)
             if budget > 0:

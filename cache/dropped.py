@@ -85,6 +85,5 @@ class DroppedParts:
         if pages := table.pages[node]:
             self.num_pages -= len(pages) // PAGE_ID_BYTES
             out.append(pages)
-        if table.is_queued[node]:
-            self._queue.note_dead()
+        self._queue.discard(node)
         table.release(node)

@@ -1,101 +1,86 @@
-"""Which leaf goes next: a heap of leaves by last use, put right lazily.
+"""Which leaf goes next: a list of nodes by last use, linked through the columns of their table.
 
-An entry is one int, `used << 32 | node`: compared faster than a tuple and invisible to the garbage collector. A node
-has at most one entry. Using a node does not touch the heap; an entry that comes up with an outdated stamp is pushed
-again with the right one.
+A node moves to the new end when a pin on it ends: O(1), and no reuse is ever paid for by a later eviction. The list may
+hold nodes that cannot go (in use, or with children); they are taken out when they come up, each paid for by the use
+that put it in. One that becomes a leaf after that goes to the old end: its own last use is older than anything in the
+list, and that of its last child was the oldest. So the order is exact.
 """
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
-from typing import Final
-
 from cache.node_table import NO_NODE, NodeId, NodeTable
-
-_NODE_BITS: Final = 32
-_NODE_MASK: Final = (1 << _NODE_BITS) - 1
-#: dead entries that are not worth a compaction
-_TOLERATED_DEAD: Final = 4096
 
 
 class EvictionQueue:
-    """Entries of the leaves of one table. Evictable means: no owners, no children."""
+    """Order of the nodes of one table. Evictable means: no owners, no children. Every operation is O(1)."""
 
-    __slots__ = ("_heap", "_moving", "_num_dead", "_table")
+    __slots__ = ("_newest", "_oldest", "_table")
 
     def __init__(self, table: NodeTable) -> None:
         self._table = table
-        self._heap: list[int] = []
-        #: a heap under compaction: its entries move to _heap from the end, which leaves both valid heaps
-        self._moving: list[int] = []
-        #: entries whose node was released by a drop
-        self._num_dead = 0
+        self._newest: int = NO_NODE
+        self._oldest: int = NO_NODE
 
-    def __len__(self) -> int:
-        return len(self._heap) + len(self._moving)
+    def use(self, node: NodeId) -> None:
+        """The node was used last of all."""
+        table, newest = self._table, self._newest
+        if node == newest:
+            return
+        if table.is_queued[node]:
+            self._unlink(node)
+        table.is_queued[node] = 1
+        table.older[node], table.newer[node] = newest, NO_NODE
+        if newest >= 0:
+            table.newer[newest] = node
+        else:
+            self._oldest = node
+        self._newest = node
 
-    def offer(self, node: NodeId) -> None:
-        """Enter the node if it is evictable and has no entry yet. O(log n)."""
-        table = self._table
-        if not (table.is_queued[node] or table.owners[node] or table.children[node]):
-            table.is_queued[node] = 1
-            heappush(self._heap, table.used[node] << _NODE_BITS | node)
+    def offer_first(self, node: NodeId) -> None:
+        """Nothing in the list was unused for longer, unless the node is in it already."""
+        table, oldest = self._table, self._oldest
+        if table.is_queued[node]:
+            return
+        table.is_queued[node] = 1
+        table.older[node], table.newer[node] = NO_NODE, oldest
+        if oldest >= 0:
+            table.older[oldest] = node
+        else:
+            self._newest = node
+        self._oldest = node
 
     def pop(self) -> NodeId:
-        """The evictable node unused for longest, without its entry; NO_NODE when there is none."""
+        """The evictable node unused for longest, out of the list; NO_NODE when there is none."""
         table = self._table
-        while entry := self._pop_entry():
-            node = NodeId(entry & _NODE_MASK)
-            table.is_queued[node] = 0
-            if not table.edges[node]:
-                self._drop_dead(node)
-            elif table.owners[node] or table.children[node]:
-                continue  # offered again when its last owner or its last child goes
-            elif table.used[node] != entry >> _NODE_BITS:
-                self.offer(node)
-            else:
-                return node
+        while (node := self._oldest) >= 0:
+            self._unlink(NodeId(node))
+            if not (table.owners[node] or table.children[node]):
+                return NodeId(node)
         return NO_NODE
 
-    def note_dead(self) -> None:
-        """A node that has an entry was released."""
-        self._num_dead += 1
-
-    def compact(self, budget: int) -> int:
-        """Drop dead entries once they are the majority, at most `budget` looked at; returns what is left of it."""
-        if not self._moving:
-            if self._num_dead < _TOLERATED_DEAD or 2 * self._num_dead < len(self._heap):
-                return budget
-            self._moving, self._heap = self._heap, []
-        moved = self._moving[-budget:]
-        del self._moving[-budget:]
-        for entry in moved:
-            node = NodeId(entry & _NODE_MASK)
-            if self._table.edges[node]:
-                heappush(self._heap, entry)
-            else:
-                self._table.is_queued[node] = 0
-                self._drop_dead(node)
-        return budget - len(moved)
-
-    def shrink(self, budget: int) -> int:
-        """Drop entries of a queue nobody uses any more; returns what is left of the budget (0: call again)."""
-        for heap in (self._heap, self._moving):
-            num_entries = min(budget, len(heap))
-            del heap[len(heap) - num_entries :]
-            budget -= num_entries
-        return budget
+    def discard(self, node: NodeId) -> None:
+        """The node is about to be released."""
+        if self._table.is_queued[node]:
+            self._unlink(node)
 
     def nodes(self) -> list[NodeId]:
-        """The node of every entry, dead ones included, for checks. O(n)."""
-        return [NodeId(entry & _NODE_MASK) for entry in self._heap + self._moving]
+        """All in order, oldest first, for checks. O(n)."""
+        nodes: list[NodeId] = []
+        node = self._oldest
+        while node >= 0:
+            nodes.append(NodeId(node))
+            node = self._table.newer[node]
+        return nodes
 
-    def _pop_entry(self) -> int:
-        """The smallest entry of both heaps; 0 when both are empty (no entry is 0: ticks begin at 1)."""
-        if self._moving and (not self._heap or self._moving[0] < self._heap[0]):
-            return heappop(self._moving)
-        return heappop(self._heap) if self._heap else 0
-
-    def _drop_dead(self, node: NodeId) -> None:
-        self._num_dead -= 1
-        self._table.vacate(node)
+    def _unlink(self, node: NodeId) -> None:
+        table = self._table
+        table.is_queued[node] = 0
+        older, newer = table.older[node], table.newer[node]
+        if older >= 0:
+            table.newer[older] = newer
+        else:
+            self._oldest = newer
+        if newer >= 0:
+            table.older[newer] = older
+        else:
+            self._newest = older

@@ -2,7 +2,7 @@
 
 Why not an object per node: the cyclic garbage collector visits every tracked object in a full pass, and 100,000 node
 objects with their dicts cost it a pause of several ms on the engine thread. Bytes, ints and dicts of bytes to ints are
-not tracked, so here it sees eleven lists. A whole table is also taken apart by popping the ends of its lists.
+not tracked, so here it sees thirteen lists. A whole table is also taken apart by popping the ends of its lists.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class NodeTable:
     """Columns of the tree. Plain data: the rules live in PrefixIndex and EvictionQueue."""
 
     __slots__ = (
-        "_vacant", "backed", "children", "edges", "is_queued", "keys", "owners", "pages", "parents", "starts", "used",
+        "_vacant", "backed", "children", "edges", "is_queued", "keys", "newer", "older", "owners", "pages", "parents",
+        "starts", "used",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -52,12 +53,14 @@ class NodeTable:
         self.keys: list[PageKeys] = []
         #: of the edge's pages, how many from its start are in the host tier or on their way; write-through only
         self.backed: list[int] = []
-        #: 1 while the node has its one entry in the eviction queue
+        #: 1 while the node is in the eviction queue, and then its neighbours there; NO_NODE at the ends
         self.is_queued = bytearray()
+        self.newer: list[int] = []
+        self.older: list[int] = []
         self._vacant: list[NodeId] = []
 
     def __len__(self) -> int:
-        """Rows in use, dead ones that still have an entry in the eviction queue included."""
+        """Rows in use."""
         return len(self.edges) - len(self._vacant)
 
     def add(self, edge: TokenBytes, pages: PageIds, parent: int, start: int, used: int) -> NodeId:
@@ -77,6 +80,8 @@ class NodeTable:
         self.keys.append(b"")
         self.backed.append(0)
         self.is_queued.append(0)
+        self.newer.append(NO_NODE)
+        self.older.append(NO_NODE)
         return NodeId(len(self.edges) - 1)
 
     def end(self, node: NodeId) -> int:
@@ -84,18 +89,13 @@ class NodeTable:
         return self.starts[node] + len(self.edges[node])
 
     def release(self, node: NodeId) -> None:
-        """The node is gone. Its row is vacant at once, or once the eviction queue has dropped its entry."""
+        """The node is gone and its row vacant. It is not in the eviction queue any more."""
         self.edges[node] = b""
         self.pages[node] = b""
         self.children[node] = NO_CHILDREN
         self.owners[node] = 0
         self.keys[node] = b""
         self.backed[node] = 0
-        if not self.is_queued[node]:
-            self._vacant.append(node)
-
-    def vacate(self, node: NodeId) -> None:
-        """The dead node's queue entry is gone, so the row may be used again."""
         self._vacant.append(node)
 
     def shrink(self, budget: int) -> int:
@@ -117,6 +117,8 @@ class NodeTable:
             budget -= 1 + len(edges.pop()) // EDGE_BYTES_PER_UNIT
             children.pop()
             self.pages.pop()
-        for column in (self.parents, self.starts, self.owners, self.used, self.keys, self.backed):
+        for column in (
+            self.parents, self.starts, self.owners, self.used, self.keys, self.backed, self.newer, self.older,
+        ):  # fmt: skip
             del column[len(edges) :]
         return max(budget, 0)

@@ -107,7 +107,8 @@ class PrefixIndex:
                 break
             self.num_pinned -= len(pages[above]) // PAGE_ID_BYTES
             above = parents[above]
-        self.queue.offer(node)
+        if not owners[node]:
+            self.queue.use(node)
 
     # -------------------------------------------------------------------------------------------------------- insert
     def insert(
@@ -271,7 +272,7 @@ class PrefixIndex:
         num_left = len(table.pages[leaf]) // PAGE_ID_BYTES
         table.keys[leaf] = table.keys[leaf][: num_left * KEY_BYTES]
         table.backed[leaf] = min(table.backed[leaf], num_left)
-        self.queue.offer(leaf)
+        self.queue.offer_first(leaf)
         self._count(self.stem_of(leaf), -num_pages)
         return pages[-num_pages * PAGE_ID_BYTES :]
 
@@ -284,7 +285,7 @@ class PrefixIndex:
             del table.children[above][table.edges[leaf][: self.page_bytes]]
             if not table.children[above]:
                 table.children[above] = NO_CHILDREN
-                self.queue.offer(above)
+                self.queue.offer_first(above)
         else:
             self.stems.unlink(stem)
             self.stems.release(stem)
@@ -352,7 +353,6 @@ class PrefixIndex:
             budget -= 1
         budget = self.dropped.forget(budget)
         budget = self.table.shrink(budget)
-        budget = self.queue.shrink(budget)
         return self.stems.shrink(budget)
 
     # ------------------------------------------------------------------------------------------------------- private

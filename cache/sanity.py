@@ -93,7 +93,7 @@ def _tree(view: _View) -> Iterator[str]:
     if NO_CHILDREN:
         yield "the shared empty dict of leaves was written to"
     num_nodes = len(view.live) + len(view.dropped)
-    if not num_nodes <= len(table) <= num_nodes + len(index.queue):
+    if len(table) != num_nodes:
         yield f"{len(table)} rows in use for {num_nodes} nodes"
 
 
@@ -133,9 +133,13 @@ def _queue(view: _View) -> Iterator[str]:
     """Whatever is evictable can be found."""
     table, entries = view.index.table, view.index.queue.nodes()
     if len(entries) != len(set(entries)):
-        yield "a node has two entries in the eviction queue"
+        yield "a node is twice in the eviction queue"
     if set(entries) != {node for node, is_queued in enumerate(table.is_queued) if is_queued}:
         yield "the eviction queue and the nodes' marks differ"
+    live = set(view.live)
+    used = [table.used[n] for n in entries if n in live and not (table.owners[n] or table.children[n])]
+    if used != sorted(used):
+        yield "the eviction queue is not in order of use"
     for node in view.live:
         if not (table.children[node] or table.owners[node] or table.is_queued[node]):
             yield f"node {node} is an evictable leaf without an entry in the eviction queue"
