@@ -6,6 +6,7 @@ rank had computed is not lost with it.
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cache.arena import ArenaGeometry
 from tests.cluster.server import STOP_TIMEOUT_S, Server, marked_processes, until
 
 PAGE_SIZE = 16
@@ -286,6 +288,21 @@ def test_after_kill_9_of_everything_the_next_start_is_warm_and_an_end_in_good_or
         assert sum(ask_all(client, prompts, rank=1).values()) >= 0.95 * ALL_CACHED
         # it has another name now, that of the new node
         assert [path.name for path in arena.parent.glob("*-arena.kv")] == [arena_of(client).name]
+
+
+def test_flipped_bits_cost_misses_and_no_token(client: httpx.Client, prompts: Prompts) -> None:
+    """The last one: the slots of what it breaks are out of use until the file is made anew."""
+    for rank in (0, 1):
+        ask_all(client, prompts, rank)
+    flush(client, tiers=["device"])
+    row = tier_row(client)
+    geometry = ArenaGeometry(row["num_slots"], row["page_bytes"])
+    with arena_of(client).open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+        for slot in range(geometry.num_slots):
+            memory[geometry.data_offset + slot * geometry.page_stride + slot % geometry.page_bytes] ^= 1 << slot % 8
+    assert ask_all(client, prompts, rank=0)["host"] == 0
+    assert ranks_of(client)[0]["host"]["misses"]["corrupt"] == NUM_PROMPTS
+    until(lambda: tier_row(client)["quarantined"] >= NUM_PROMPTS, BACK_S, "their slots out of use")
 
 
 def kill_one(pid: int) -> None:
