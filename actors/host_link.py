@@ -27,8 +27,7 @@ from cache.shared_file import FilePaths, attach
 from cache.shared_words import Fence
 from cache.slot_owners import SlotLease, SlotRef
 from configs.errors import ConfigError
-from engine.flush import FlushScope
-from engine.host_calls import TierAnswers, TierPlace
+from engine.host_calls import SubEpochs, TierAnswers, TierPlace
 
 log = logging.getLogger(__name__)
 
@@ -75,10 +74,10 @@ class HostLink:
     def __init__(
         self,
         claim: HostClaim,
-        sub_epochs: tuple[tuple[FlushScope | None, int], ...],
+        sub_epochs: Callable[[], SubEpochs],
         around: LinkSurroundings,
     ) -> None:
-        """sub_epochs: of scoped flushes that are still to be kept, as known when the rank registered."""
+        """sub_epochs: of scoped flushes that are still to be kept; asked whenever the engine is given a tier."""
         self._claim = claim
         self._sub_epochs = sub_epochs
         self._around = around
@@ -199,7 +198,7 @@ class HostLink:
         caller = HostCaller(self._claim.incarnation, place.nonce)
         calls = _Calls(asyncio.get_running_loop(), caller)
         self._file, self._calls = file, calls
-        self._around.attach(TierPlace(arena, file.page, calls.connect, self._claim.lineage, self._sub_epochs))
+        self._around.attach(TierPlace(arena, file.page, calls.connect, self._claim.lineage, self._sub_epochs()))
         self._tasks = [task for task in self._tasks if not task.done()]
         self._tasks.append(asyncio.create_task(self._warm(arena), name="warm-arena"))
         log.info("host tier attached: %d slots", place.num_slots)

@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable
 
 from configs.errors import ConfigError
-from engine.flush import FlushCommand, FlushKey, FlushVerdict
+from engine.flush import FlushCommand, FlushKey, FlushScope, FlushVerdict
+from engine.host_calls import SubEpochs
 from engine.loop import EngineLoop
 
 
@@ -31,6 +32,8 @@ class RankFlushes:
         self._is_serving = False
         #: lineage of the controller that told this rank to flush before it served
         self._told_by = ""
+        #: scopes that were flushed before this rank served, with their sub-epochs
+        self._early_scopes: list[tuple[FlushScope | None, int]] = []
 
     def serve(self, lineage: str = "") -> None:
         """The engine begins to serve: from now on it may hold something.
@@ -54,15 +57,20 @@ class RankFlushes:
             self._refused(command, offered)
             return offered
         if not self._is_serving:
-            self._told_by = command.lineage
+            self._remember(command)
             engine.end_unstarted_flush(offered)
-            self._told_epoch(command.epoch)
         left_s = offered.deadline_s - engine.now_s()
         deadline = asyncio.get_running_loop().call_later(max(0.0, left_s), engine.expire_flush, offered)
         ended = asyncio.wrap_future(offered.ended)
         ended.add_done_callback(lambda _: deadline.cancel())
         # A caller that is cancelled takes neither the flush nor its deadline along: a drain would hold requests on.
         return await asyncio.shield(ended)
+
+    @property
+    def early_sub_epochs(self) -> SubEpochs:
+        """Of the scoped flushes that this rank answered before it served: the answer to its registration may be older
+        than they are, and what it then finds in a host tier must not be."""
+        return tuple(self._early_scopes)
 
     async def close(self, key: FlushKey, term: int) -> FlushVerdict:
         """What became of a flush. If it has not begun it never will, even if its command is still on its way."""
@@ -75,6 +83,13 @@ class RankFlushes:
     def is_late(self, valid_until_s: float) -> bool:
         """A command that was valid until then must not be carried out any more."""
         return self._boot_s() >= valid_until_s
+
+    def _remember(self, command: FlushCommand) -> None:
+        """It holds nothing yet; what it is told counts for what it may find once it serves."""
+        self._told_by = command.lineage
+        self._told_epoch(command.epoch)
+        if command.sub_epoch and not command.dry_run:
+            self._early_scopes.append((command.scope, command.sub_epoch))
 
     def _in_engine_time(self, valid_until_s: float) -> float:
         """The two clocks differ by the time the machine was suspended, in which nothing ran."""

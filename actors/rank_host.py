@@ -15,7 +15,7 @@ from actors.host_messages import HostClaim
 from actors.messages import CONTROLLER_NAME, RankRecord, Registered, node_agent_name
 from cache.shared_words import fence_for
 from configs.schema import HostTierSettings
-from engine.host_calls import HostSettings, TierPlace
+from engine.host_calls import HostSettings, SubEpochs, TierPlace
 from engine.snapshot import EngineSnapshot
 
 _MIB = 1024**2
@@ -45,8 +45,11 @@ def host_link(
     registered: Registered,
     attach: Callable[[TierPlace], None],
     find_tier: Callable[[str], Awaitable[Any]],
+    early_sub_epochs: Callable[[], SubEpochs],
 ) -> HostLink:
-    """The link of a registered rank. attach: gives the engine an arena.  find_tier: the agent's handle by node."""
+    """The link of a registered rank. attach: gives the engine an arena.  find_tier: the agent's handle by node.
+    early_sub_epochs: of scoped flushes that the rank was told of before it served.
+    """
     claim = HostClaim(
         record.incarnation, process_name(record), registered.lineage, record.layout_digest, record.bytes_per_page
     )
@@ -58,7 +61,7 @@ def host_link(
         in_thread=asyncio.to_thread,
     )
     sub_epochs = tuple((sub_epoch.scope, sub_epoch.index) for sub_epoch in registered.sub_epochs)
-    return HostLink(claim, sub_epochs, around)
+    return HostLink(claim, lambda: sub_epochs + early_sub_epochs(), around)
 
 
 async def find_node_agent(node_id: str) -> Any:

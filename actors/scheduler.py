@@ -130,7 +130,8 @@ class SchedulerActor:
         self._record = replace(self._record, page_nonce=self._words.nonce)
         self._engine.loop.see_term(registered.term)
         if self._settings.host_tier.is_on:
-            link = host_link(self._record, registered, self._engine.loop.attach_tier, self._find_tier)
+            attach, flushes = self._engine.loop.attach_tier, self._flushes
+            link = host_link(self._record, registered, attach, self._find_tier, lambda: flushes.early_sub_epochs)
             await link.begin()
             self._host = link
         self._flushes.serve(registered.lineage)

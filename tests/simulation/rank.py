@@ -184,6 +184,7 @@ class Rank:
         self.flushes.serve(registered.lineage)
         if self.copier is not None:
             sub_epochs = tuple((known.scope, known.index) for known in registered.sub_epochs)
+            sub_epochs += self.flushes.early_sub_epochs
             self.engine.post(TierAttached(self.copier.tier, registered.lineage, sub_epochs))
         self.engine.start()
 

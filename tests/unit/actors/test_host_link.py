@@ -26,7 +26,8 @@ from cache.shared_file import OwnedFile
 from cache.slot_owners import SlotLease, SlotRef
 from cache.types import Epoch
 from configs.errors import ConfigError
-from engine.host_calls import TierCalls, TierPlace
+from engine.flush import FlushScope
+from engine.host_calls import SubEpochs, TierCalls, TierPlace
 from tests.unit.actors.fakes import Remote
 from tests.unit.actors.planes import run, until
 from tests.unit.actors.test_host_store import KEYS, PAGE_BYTES, Node, Rank
@@ -131,6 +132,7 @@ class World:
         self.mapped: list[Mapped] = []
         self.num_warmed = 0
         self.claim = Rank(self.node, 11).claim
+        self.sub_epochs: SubEpochs = ()
 
     def link(self, **changes: Any) -> HostLink:
         async def find_tier() -> Any:
@@ -139,7 +141,7 @@ class World:
         around = LinkSurroundings(
             find_tier, self._map, lambda place: self.copiers.append(Copier(place)), self._warm, asyncio.to_thread
         )
-        return HostLink(replace(self.claim, **changes), (), around)
+        return HostLink(replace(self.claim, **changes), lambda: self.sub_epochs, around)
 
     @property
     def copier(self) -> Copier:
@@ -160,6 +162,21 @@ class World:
 
     def _warm(self, arena: Arena) -> None:
         self.num_warmed += 1
+
+
+def test_the_engine_gets_the_scopes_that_were_flushed_until_its_tier_is_there(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        actor, world.actor = world.actor, None
+        link = world.link()
+        await link.begin()
+        told = world.sub_epochs = ((FlushScope(namespace="tenant"), 12),)
+        world.actor = actor
+        await until(lambda: len(world.copiers) == 1)
+        assert world.copier.place.sub_epochs == told
+        link.close()
+
+    run(scenario())
 
 
 def test_calls_are_carried_in_order_and_answered(tmp_path: Path) -> None:

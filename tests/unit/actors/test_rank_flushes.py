@@ -9,7 +9,7 @@ import pytest
 
 from actors.rank_flushes import RankFlushes
 from configs.errors import ConfigError
-from engine.flush import FlushCommand, FlushVerdict
+from engine.flush import FlushCommand, FlushScope, FlushVerdict
 from tests.fakes import FakeRank, flush_command
 from tests.unit.actors.planes import run, until
 
@@ -85,6 +85,21 @@ def test_before_it_serves_a_rank_has_nothing_to_flush_and_remembers_the_epoch() 
         assert (verdict.status, verdict.epoch, verdict.freed_pages) == ("flushed", 9, 0)
         assert rank.told == [9]
         assert await rank.flushes.flush(command) == verdict
+
+    run(scenario())
+
+
+def test_before_it_serves_a_rank_remembers_the_scopes_that_were_flushed() -> None:
+    async def scenario() -> None:
+        rank = Flushes(is_serving=False)
+        scope = FlushScope(namespace="tenant")
+        scoped = replace(flush_command("f", scope=scope, budget_s=60.0, index=12), sub_epoch=12)
+        assert (await rank.flushes.flush(scoped)).status == "flushed"
+        await rank.flushes.flush(replace(scoped, flush_id="counted", index=-1, dry_run=True))
+        assert rank.flushes.early_sub_epochs == ((scope, 12),)
+        rank.flushes.serve()
+        await rank.flush(replace(scoped, flush_id="later", index=13, sub_epoch=13))
+        assert rank.flushes.early_sub_epochs == ((scope, 12),)  # the engine has the later one
 
     run(scenario())
 
