@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cache.chain_keys import node_keys
 from cache.copies import orphaned_copies
-from cache.fence import FencedSpan, carried_pages, fence_path, release_span
+from cache.fence import FencedSpan, carried_pages, fence_path, num_pinned_by, release_span
 from cache.key_roots import KeyRoots
 from cache.keys import KEY_BYTES, PageKeys
 from cache.node_table import NO_NODE, NodeId
@@ -369,21 +369,12 @@ class DeviceCache:
 
     def _count_drop(self, scope: Scope) -> Dropped:
         covered = [hold for hold in self.holds if self._is_covered(hold, scope)]
-        pinned = self._num_pinned_by(covered)
+        pinned = num_pinned_by(self.index, [hold.node for hold in covered])
         num_private = sum(hold.num_private_pages for hold in covered if not hold.is_copy)
         return Dropped(self.index.stems.count(scope.stems(self.index)) - pinned, pinned + num_private)
 
     def _is_covered(self, hold: PageHold, scope: Scope) -> bool:
         return not hold.is_fenced and scope.covers(hold, self.index)
-
-    def _num_pinned_by(self, holds: list[PageHold]) -> int:
-        table, seen = self.index.table, set[int]()
-        for hold in holds:
-            above: int = hold.node
-            while above >= 0 and above not in seen:
-                seen.add(above)
-                above = table.parents[above]
-        return sum(len(table.pages[node]) for node in seen) // PAGE_ID_BYTES
 
     def _fence(self, holds: list[PageHold]) -> int:
         """These holds go on with pages that are nobody else's any more. Returns the number of pages fenced."""

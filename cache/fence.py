@@ -51,6 +51,17 @@ def _span_of(index: PrefixIndex, node: NodeId, stem: StemId, spans: dict[NodeId,
     return span
 
 
+def num_pinned_by(index: PrefixIndex, nodes: list[NodeId]) -> int:
+    """Pages of these pinned nodes and of all above them, each once: what fencing them would take out of the index."""
+    table, seen = index.table, set[int]()
+    for node in nodes:
+        above: int = node
+        while above >= 0 and above not in seen:
+            seen.add(above)
+            above = table.parents[above]
+    return sum(len(table.pages[node]) for node in seen) // PAGE_ID_BYTES
+
+
 def release_span(span: FencedSpan | None) -> list[PageIds]:
     """Give up one ownership; returns the pages that nobody owns any more."""
     out: list[PageIds] = []

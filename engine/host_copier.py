@@ -124,18 +124,27 @@ class HostCopier:
     # ------------------------------------------------------------------------------------------------ copier thread
     def _run(self) -> None:
         while not self._is_stopping:
-            self._drain(self._idle_s())
-            if self._loads:
-                self._load(self._loads.popleft())
-            elif self._writes and self._clock() >= self._next_write_s:
-                self._write_next(self._writes[0])
-            if self._tier is not None:
-                num_waiting = sum(len(write.job.pages) - write.num_done for write in self._writes)
-                is_idle = not self._loads and not (self._writes and self._tier[1].may_write)
-                self._tier[1].next_calls(num_waiting, is_idle=is_idle)
+            try:
+                self._turn()
+            except Exception:
+                # of the calls or their answers; copies that fail end their own job. Without a tier all jobs end.
+                logger.exception("the host tier is not used any more")
+                self._tier = None
         self._drain(0.0)
         for job in [*self._loads, *(write.job for write in self._writes)]:
             self._post(CopyEnded(job.copy_id, 0, "stopped"))
+
+    def _turn(self) -> None:
+        """Take messages in, do one piece of work, ask what there is to ask."""
+        self._drain(self._idle_s())
+        if self._loads:
+            self._load(self._loads.popleft())
+        elif self._writes and self._clock() >= self._next_write_s:
+            self._write_next(self._writes[0])
+        if self._tier is not None:
+            num_waiting = sum(len(write.job.pages) - write.num_done for write in self._writes)
+            is_idle = not self._loads and not (self._writes and self._tier[1].may_write)
+            self._tier[1].next_calls(num_waiting, is_idle=is_idle)
 
     def _drain(self, timeout_s: float) -> None:
         """Take in what has come; if that is nothing, wait so long for something."""

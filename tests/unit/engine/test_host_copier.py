@@ -219,6 +219,28 @@ def test_stopping_gives_every_slot_back_and_ends_what_is_open() -> None:
         parts.copier.stop()
 
 
+def test_calls_that_fail_cost_the_tier_and_no_job(caplog: pytest.LogCaptureFixture) -> None:
+    """A broken promise of whoever carries them."""
+
+    def broken(name: str) -> bool:
+        raise RuntimeError(name)
+
+    with copying() as parts:
+        parts.write([0], copy_id=3)
+        assert parts.ended().num_pages == 1
+        parts.wait_for_commits(1)
+        parts.node.loses = broken
+        for copy_id in (4, 5):
+            parts.write([1, 2], copy_id=copy_id)
+        assert {parts.ended().copy_id, parts.ended().copy_id} == {4, 5}
+        parts.write([3], copy_id=6)
+        assert (parts.ended().reason, "not used any more" in caplog.text) == ("tier_gone", True)
+        parts.node.loses = lambda name: False
+        parts.copier.attach(2, parts.node.place())
+        parts.write([3], copy_id=7, tier=2)
+        assert parts.ended().num_pages == 1
+
+
 def test_a_store_that_fails_ends_the_job_and_not_the_thread() -> None:
     with copying() as parts:
         parts.write([0, NUM_PAGES + 5], copy_id=4)
