@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,8 @@ MAX_GRAMMAR_CHARS = 128 * 1024
 _MAX_COMPILED = 128
 #: any blanks are JSON, but a model that has lost its way writes them for ever
 _JSON_BLANKS = r"[ \n\r\t]{1,16}"
+#: integers up to here are doubles without loss
+_MAX_EXACT = 2**53
 #: of the words of an error; the library draws the whole grammar under some
 _MAX_REASON = 300
 
@@ -177,7 +179,28 @@ def _source(grammar: Grammar) -> str:
     schema = json.loads(grammar.text)
     if not isinstance(schema, dict | bool):
         raise ValueError("a JSON schema is an object")
+    _check_numbers(schema)
     return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_pattern": _JSON_BLANKS})
+
+
+def _check_numbers(schema: object) -> None:
+    """Raises ValueError for a value to be written that the library, which reads numbers as doubles, would change."""
+    pending: list[object] = [schema]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, dict):
+            entries = cast("dict[str, object]", part)
+            options = [*_listed(entries.get("enum")), entries.get("const")]
+            beyond = [value for value in options if isinstance(value, int) and abs(value) > _MAX_EXACT]
+            if beyond:
+                raise ValueError(f"{beyond[0]} in enum or const: integers beyond 2^53 are not followed exactly")
+            pending += entries.values()
+        else:
+            pending += _listed(part)
+
+
+def _listed(value: object) -> list[object]:
+    return cast("list[object]", value) if isinstance(value, list) else []
 
 
 def _limits() -> Any:
