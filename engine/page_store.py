@@ -19,7 +19,7 @@ _DIRECT_BYTES: Final = 1024 * 1024
 _DIRECT_PAGES: Final = 64
 #: where the model computes on the cores and the memory that copies use too: writing at full speed made a step of a
 #: small model 2.6 times as long, and so did a bare memcpy beside it, so it is not a matter of locks
-_SHARE_BESIDE_MODEL: Final = 0.25
+_SHARE_BESIDE_MODEL: Final = 0.1
 
 
 class PageStore(Protocol):
