@@ -23,7 +23,7 @@ from actors.flush_desk import FlushDesk
 from actors.flush_request import FlushLimits, flag, refusal, seconds, text, whole_number
 from actors.lease_book import LeaseBook
 from actors.log_keeper import LogEvents, LogKeeper, Stored, Unstored
-from actors.log_records import FlushIntent, FlushOutcome, RankJoined, RankLeft
+from actors.log_records import RankJoined, RankLeft
 from actors.log_stores import LogStore
 from actors.log_thread import LogWriter
 from actors.membership import MembershipBook
@@ -69,7 +69,7 @@ class ControlPlane:
         self._around = around
         self._settings = settings
         self._metrics = metrics
-        events = LogEvents(self._log_checked, self._superseded, self._found_intent)
+        events = LogEvents(self._log_checked, self._superseded)
         self._log = LogKeeper(log_writer, around.clock, events)
         self._audit = AuditLog(audit_store, around.in_thread)
         self._limits = FlushLimits(settings.max_timeout_s, settings.step_grace_s, tiers=around.tiers)
@@ -300,10 +300,6 @@ class ControlPlane:
     def _check_soon(self) -> None:
         """Somebody obeys a higher term: the log will say whose."""
         self._checking = asyncio.ensure_future(self._log.check())
-
-    def _found_intent(self, index: int, intent: FlushIntent) -> None:
-        """The caller of this flush knows that nobody was told; so shall the next controller."""
-        self._log.append(FlushOutcome(index, 0, self._desk.unbegun(intent)))
 
     def _superseded(self, reason: Superseded) -> None:
         """Another controller decides from now on: grant nothing, and end."""

@@ -110,6 +110,12 @@ class FlushBook:
         if self._live.get(request.flush_id) is request:
             del self._live[request.flush_id]
 
+    def forget(self, request: FlushRequest) -> None:
+        """Of this flush, which has ended, nothing is remembered any more."""
+        ended = self._ended.get(request.flush_id)
+        if ended is not None and ended.request is request:
+            del self._ended[request.flush_id]
+
     def keep_late(self, flush_id: str, late: list[dict[str, Any]]) -> None:
         """Verdicts that came after the answer."""
         if flush_id in self._ended:

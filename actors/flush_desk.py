@@ -211,17 +211,13 @@ class FlushDesk:
         self._book.end(flight.request, answer, self._clock.now_s())
         self._advance(answer)
 
+    def forgotten(self, flight: FlushFlight) -> None:
+        self._book.forget(flight.request)
+
     def late(self, flight: FlushFlight, rows: list[Answer]) -> None:
         self._book.keep_late(flight.request.flush_id, rows)
 
     # --- inside -----------------------------------------------------------------------------------------------------
-
-    def unbegun(self, intent: FlushIntent) -> Answer:
-        """What the log is told of a flush whose intent was thought lost: nobody was told to flush."""
-        return flush_answer(
-            intent.request, success=False, status="unavailable", message="the control log did not answer in time",
-            http_status=503, started_at=intent.started_at, untouched_tiers=self._untouched(intent.request),
-        )  # fmt: skip
 
     def _begin(self, request: FlushRequest, received_s: float, superseding: str | None) -> asyncio.Future[Answer]:
         plan = FlushPlan.of(request, self._limits, received_s, self._slack_s)

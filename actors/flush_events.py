@@ -25,9 +25,10 @@ class OutcomeStored:
 
 @dataclass(frozen=True, slots=True)
 class NotStored:
-    """The record of this state (intent or outcome) is not stored, or nobody knows."""
+    """The record of this state (intent or outcome) is not stored. is_final: and never will be; else nobody knows."""
 
     message: str
+    is_final: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,14 +139,14 @@ Event: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class StoreIntent:
-    """Answer with IntentStored or NotStored; after NotStored an IntentStored may still follow."""
+    """Answer with IntentStored or NotStored; after one that is not final either may still follow."""
 
     intent: FlushIntent
 
 
 @dataclass(frozen=True, slots=True)
 class StoreOutcome:
-    """Answer with OutcomeStored or NotStored; after NotStored an OutcomeStored may still follow."""
+    """Answer with OutcomeStored or NotStored; after one that is not final either may still follow."""
 
     outcome: FlushOutcome
 
@@ -217,6 +218,11 @@ class Amend:
 
 
 @dataclass(frozen=True, slots=True)
+class Forget:
+    """The flush that was remembered in doubt has never begun, and never will: its id is free."""
+
+
+@dataclass(frozen=True, slots=True)
 class KeepLate:
     """Rows of verdicts that came after the answer."""
 
@@ -234,5 +240,6 @@ Command: TypeAlias = (
     | Release
     | Give
     | Amend
+    | Forget
     | KeepLate
 )

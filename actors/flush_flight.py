@@ -20,6 +20,7 @@ from actors.flush_events import (
     Command,
     Event,
     FloorSettled,
+    Forget,
     Give,
     HostFailed,
     HostFlushed,
@@ -59,6 +60,7 @@ class FlushEnds(Protocol):
 
     def given(self, flight: FlushFlight, answer: Answer, is_remembered: bool) -> None: ...
     def amended(self, flight: FlushFlight, answer: Answer) -> None: ...
+    def forgotten(self, flight: FlushFlight) -> None: ...
     def late(self, flight: FlushFlight, rows: list[Answer]) -> None: ...
     def begun(self, flight: FlushFlight) -> None:
         """Ranks are being told."""
@@ -164,6 +166,8 @@ class FlushFlight:
                     self.answered.set_result(answer)
             case Amend(answer):
                 self._ends.amended(self, answer)
+            case Forget():
+                self._ends.forgotten(self)
             case KeepLate(rows):
                 self._ends.late(self, rows)
 
@@ -174,16 +178,23 @@ class FlushFlight:
         leg.add_done_callback(self._legs.discard)
 
     def _store(self, record: Record, stored: Callable[[int], Event]) -> None:
+        def ended(done: asyncio.Future[Stored | Unstored]) -> None:
+            if not done.cancelled():
+                self._do(lambda now_s: self.machine.handle(event_of(done), now_s))
+
         def event_of(done: asyncio.Future[Stored | Unstored]) -> Event:
             match done.result():
                 case Stored(index):
                     return stored(index)
-                case Unstored(message):
-                    return NotStored(message)
+                case Unstored(message, fate):
+                    if fate is not None:
+                        fate.add_done_callback(settled)
+                    return NotStored(message, is_final=fate is None)
 
-        def ended(done: asyncio.Future[Stored | Unstored]) -> None:
-            if not done.cancelled():
-                self._do(lambda now_s: self.machine.handle(event_of(done), now_s))
+        def settled(fate: asyncio.Future[int | None]) -> None:
+            if not fate.cancelled():
+                index = fate.result()
+                self.handle(NotStored("it is not in the log", is_final=True) if index is None else stored(index))
 
         self._tools.log.append(record).add_done_callback(ended)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from actors.flush_events import (
     Amend,
@@ -20,6 +20,7 @@ from actors.flush_events import (
     Command,
     Event,
     FloorSettled,
+    Forget,
     Give,
     HostFailed,
     HostFlushed,
@@ -62,6 +63,11 @@ OWN_ANSWER_PER_RANK_S = 0.002
 #: a rank that lives says in one call what became of a flush that is cancelled
 CANCEL_S = 1.0
 
+_TOLD_BY_THE_FLOOR = (
+    "the control log was late: no rank was told to flush, but the floor has risen, and each rank drops what it has "
+    "cached before it matches again"
+)
+
 
 class NodeView(HostNodes, Protocol):
     """What the machine asks of the nodes; `NodeBook` answers."""
@@ -98,6 +104,10 @@ class FlushMachine:
         #: as fixed by the run, before the log has said whether it is stored
         self._answer: Answer | None = None
         self._withheld: tuple[str, ...] = ()
+        #: a repeat of the flush id reads its answer
+        self._is_remembered = False
+        #: its outcome was not stored, and a failure was handed to the log instead
+        self._is_closed_again = False
         #: the time of the last event: what could be decided until then has been
         self._looked_s = -math.inf
         run.takes_epoch = plan.takes_epoch
@@ -129,8 +139,8 @@ class FlushMachine:
                 return self._intent_stored(index, now_s)
             case OutcomeStored():
                 return self._outcome_stored()
-            case NotStored(message):
-                return self._not_stored(message, now_s)
+            case NotStored(message, is_final):
+                return self._not_stored(message, is_final, now_s)
             case CancelAsked():
                 return self._cancel(now_s)
             case RankRegistered(record, is_new):
@@ -140,6 +150,7 @@ class FlushMachine:
             case RankFailed(incarnation, message, is_final):
                 self.run.failed(incarnation, message, is_final)
             case RankGone(incarnation):
+                self._newcomers = [record for record in self._newcomers if record.incarnation != incarnation]
                 self.run.gone(incarnation)
             case FloorSettled(node_id, num_pages, num_bytes):
                 self._raising.discard(node_id)
@@ -205,11 +216,12 @@ class FlushMachine:
     def _intent_stored(self, index: int, now_s: float) -> list[Command]:
         if self.state == "storing":
             return self._start(index, now_s)
-        # The caller knows that nobody was told; the log shall say so too. A floor that came with the intent holds.
+        # The caller has its answer; the log shall say the same. A floor that came with the intent holds.
         assert self._answer is not None
-        is_floor_raised = self.plan.raises_floor_first
-        answer = self._answer | {"floor_raised": is_floor_raised, "epoch": index if is_floor_raised else 0}
-        return [StoreOutcome(FlushOutcome(index, answer["epoch"], answer))]
+        self.run.index = index
+        if self.plan.raises_floor_first:
+            self._answer = self._answer | {"floor_raised": True, "epoch": index, "message": _TOLD_BY_THE_FLOOR}
+        return [self._store_answer(self._answer)]
 
     def _start(self, index: int, now_s: float) -> list[Command]:
         """The intent is stored: from here on ranks are told, those too that register meanwhile."""
@@ -313,8 +325,11 @@ class FlushMachine:
             nodes = {row["node"] for row in answer["ranks"] if row["status"] == "expired"}
             self._withheld = tuple(sorted(nodes)) if answer["success"] else ()
             commands += [Withhold(self._withheld)] if self._withheld else []
-        floor = run.epoch if answer["floor_raised"] else 0
-        return [*commands, StoreOutcome(FlushOutcome(run.index, floor, answer))]
+        return [*commands, self._store_answer(answer)]
+
+    def _store_answer(self, answer: Answer) -> Command:
+        floor = answer["epoch"] if answer["floor_raised"] else 0
+        return StoreOutcome(FlushOutcome(self.run.index, floor, answer))
 
     def _speak_for_the_silent(self, now_s: float) -> None:
         """Verdicts for the ranks that gave none, or, in mode fence, none that is as good as the floor."""
@@ -333,27 +348,45 @@ class FlushMachine:
 
     def _outcome_stored(self) -> list[Command]:
         assert self._answer is not None
-        commands: list[Command] = [Release(self._withheld)] if self._withheld else []
-        self._withheld = ()
+        commands = self._release()
         if self.state == "over":
-            return [*commands, Amend(self._answer)] if self._has_begun else commands
+            return [*commands, Amend(self._answer)] if self._is_remembered else commands
         floor = self.run.epoch if self._answer["floor_raised"] and not self.plan.raises_floor_first else 0
         nodes = sorted({record.node_id for record in self.run.records}) if floor else []
         # The ranks have swapped already; the floor holds for those that come back and for what is on its way.
         return [*commands, *self._give(self._answer), *(RaiseFloor(node_id, floor) for node_id in nodes)]
 
-    def _not_stored(self, message: str, now_s: float) -> list[Command]:
+    def _release(self) -> list[Command]:
+        """The log says what became of this flush: the nodes that it counted as out of lease may have one."""
+        commands: list[Command] = [Release(self._withheld)] if self._withheld else []
+        self._withheld = ()
+        return commands
+
+    def _not_stored(self, message: str, is_final: bool, now_s: float) -> list[Command]:
+        commands: list[Command] = []
         match self.state:
+            case "storing" if self.plan.raises_floor_first and not is_final:
+                return self._give_up_in_doubt(message, now_s)
             case "storing":
                 return self._give_up("unavailable", f"{message}; no rank was told to flush", now_s)
             case "ending":
-                commands: list[Command] = [Release(self._withheld)] if self._withheld else []
-                self._withheld = ()
-                return [*self._give(self._without_success(message)), *commands]
-            case _:
-                commands = [Release(self._withheld)] if self._withheld else []
-                self._withheld = ()
-                return commands
+                commands = self._give(self._without_success(message))
+        # While nobody knows whether the outcome is stored the next controller may read a success from it, so the nodes
+        # that it counts as out of lease get none.
+        return [*commands, *self._found_missing()] if is_final else commands
+
+    def _found_missing(self) -> list[Command]:
+        """The record in question is not in the log and never will be."""
+        if not self.run.index:
+            self._answer = None
+            return [Forget()] if self._is_remembered else []
+        assert self._answer is not None
+        commands = self._release()
+        if not self._is_closed_again:  # once: a flush left open is closed by the next controller
+            self._is_closed_again = True
+            self._answer = self._without_success("its outcome could not be stored")
+            commands.append(self._store_answer(self._answer))
+        return commands
 
     def _after_close(self, now_s: float) -> list[Command]:
         """Late verdicts, and the time at which the answer leaves although the log is silent."""
@@ -365,7 +398,7 @@ class FlushMachine:
     def _give_up_storing(self, now_s: float) -> list[Command]:
         if self.state != "storing" or now_s < self.plan.answer_until_s:
             return []
-        return self._not_stored("the control log did not answer in time", now_s)
+        return self._not_stored("the control log did not answer in time", is_final=False, now_s=now_s)
 
     def _without_success(self, message: str) -> Answer:
         """What may be said of a flush whose outcome is not stored."""
@@ -379,19 +412,30 @@ class FlushMachine:
 
     def _give(self, answer: Answer) -> list[Command]:
         self.state = "over"
-        return [Give(answer, is_remembered=self.plan.is_stored)]
+        self._is_remembered = self.plan.is_stored
+        return [Give(answer, self._is_remembered)]
 
     def _give_up(self, status: str, message: str, now_s: float) -> list[Command]:
-        """Nobody was told: the same id may try again."""
-        run = self.run
-        http_status = 409 if status == "cancelled" else 503
-        self._answer = flush_answer(
-            run.request, success=False, status=status, message=message, http_status=http_status,
-            started_at=run.started_at, took_ms=(now_s - run.started_s) * 1000,
-            ranks=run.not_told(f"It was not told: {message}"), untouched_tiers=list(self._untouched),
-        )  # fmt: skip
+        """Nobody was told, and nothing has changed: the same id may try again."""
+        rows = self.run.not_told("refused", f"It was not told: {message}")
+        self._answer = self._unbegun(status, message, rows, now_s)
         self.state = "over"
         return [Give(self._answer, is_remembered=False)]
+
+    def _give_up_in_doubt(self, message: str, now_s: float) -> list[Command]:
+        """Nobody was told, but the intent raises the floor if it is stored: the id is kept until that is known."""
+        message = f"{message}; no rank was told to flush, but the floor may rise: ask again for what became of it"
+        rows = self.run.not_told("unreachable", f"It was not told: {message}")
+        self._answer = self._unbegun("unavailable", message, rows, now_s)
+        return self._give(self._answer)
+
+    def _unbegun(self, status: str, message: str, rows: list[dict[str, Any]], now_s: float) -> Answer:
+        run = self.run
+        return flush_answer(
+            run.request, success=False, status=status, message=message,
+            http_status=409 if status == "cancelled" else 503, started_at=run.started_at,
+            took_ms=(now_s - run.started_s) * 1000, ranks=rows, untouched_tiers=list(self._untouched),
+        )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------ cancelling
     def _cancel(self, now_s: float) -> list[Command]:

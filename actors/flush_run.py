@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -160,11 +160,11 @@ class FlushRun:
         mode = self.request.mode
         return [(row.record, row.failure) for row in self._in_order() if not is_good_verdict(_status(row), mode)]
 
-    def not_told(self, message: str) -> list[dict[str, Any]]:
-        """The rows of a flush that was never begun: who has no verdict refuses with `message`."""
+    def not_told(self, status: Literal["refused", "unreachable"], message: str) -> list[dict[str, Any]]:
+        """The rows of a flush of which nobody was told. unreachable: its floor may rise all the same."""
         for row in self._rows.values():
             if row.verdict is None:
-                self._settle(row, self._verdict("refused", message))
+                self._settle(row, self._verdict(status, message))
         return self._plain_rows()
 
     def close(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from actors.clock import Clock
 from actors.control_log import KEEP_S, Superseded, TakenOver, Written
-from actors.log_records import Checkpoint, Entry, FlushIntent, LogState, Record
+from actors.log_records import Checkpoint, Entry, LogState, Probe, Record, encode_record
 from actors.log_thread import LogWriter
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ class Unstored:
     """The record is not there, or nobody knows yet; `message` says why."""
 
     message: str
+    #: if nobody knows: done when a later record has shown it; its index, or None if it is not there and never will be
+    fate: asyncio.Future[int | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,6 @@ class LogEvents:
     checked: Callable[[float], None]
     #: another controller has taken over; said once
     superseded: Callable[[Superseded], None]
-    #: an intent whose append was reported as failed is in the log
-    found_intent: Callable[[int, FlushIntent], None]
 
 
 class LogKeeper:
@@ -59,6 +59,8 @@ class LogKeeper:
         #: checkpoints and when they were stored at the latest, oldest first
         self._checkpoints: deque[tuple[int, float]] = deque()
         self._num_in_flight = 0
+        #: records whose appends have failed, encoded, in order; the next that is stored shows what became of them
+        self._doubts: list[tuple[bytes, asyncio.Future[int | None]]] = []
         self._is_pruning = False
         self.state: LogState
 
@@ -79,13 +81,13 @@ class LogKeeper:
         """Store a record and fold it in. It is stored, or fails, whether or not anybody waits. The future fails
         only by a fault of ours.
 
-        After Unstored the record may still turn up in the log, in the state, and for an intent in `found_intent`.
+        After Unstored the record may still turn up in the log and in the state; its `fate` tells.
         """
         begun_s = self._clock.now_s()
         result: asyncio.Future[Stored | Unstored] = asyncio.get_running_loop().create_future()
         self._num_in_flight += 1
         appending = self._writer.append(record)
-        appending.add_done_callback(lambda done: self._appended(done, result, begun_s))
+        appending.add_done_callback(lambda done: self._appended(done, record, result, begun_s))
         return result
 
     async def check(self) -> None:
@@ -101,8 +103,10 @@ class LogKeeper:
             self._events.checked(begun_s)
 
     def tidy(self) -> None:
-        """Write a checkpoint when one is due, and remove what is old enough behind one."""
-        # While a record is under way the state does not say what the log says.
+        """Write a checkpoint when one is due, remove what is old enough behind one, and settle what is in doubt."""
+        if self._doubts and not self._num_in_flight:
+            self.append(Probe())
+        # While a record is under way, or in doubt, the state does not say what the log says.
         if self._num_records >= CHECKPOINT_EVERY and not self._num_in_flight:
             self.append(Checkpoint(self.state.copy()))
         now_s = self._clock.now_s()
@@ -115,7 +119,7 @@ class LogKeeper:
         self._writer.close()
 
     def _appended(
-        self, done: asyncio.Future[Written], result: asyncio.Future[Stored | Unstored], begun_s: float
+        self, done: asyncio.Future[Written], record: Record, result: asyncio.Future[Stored | Unstored], begun_s: float
     ) -> None:
         self._num_in_flight -= 1
         if done.cancelled():
@@ -126,9 +130,8 @@ class LogKeeper:
             written = done.result()
             for index, entry in written.found:
                 self._fold(index, entry)
-                if isinstance(entry.record, FlushIntent):
-                    self._events.found_intent(index, entry.record)
             self._fold(written.index, written.entry)
+            self._settle(written)
             self._events.checked(begun_s)
             result.set_result(Stored(written.index))
         elif isinstance(error, Superseded):
@@ -136,9 +139,20 @@ class LogKeeper:
             result.set_result(Unstored(str(error)))
         elif isinstance(error, OSError):
             log.error("the control log cannot be written: %s", error)
-            result.set_result(Unstored("the control log cannot be written"))
+            fate: asyncio.Future[int | None] = result.get_loop().create_future()
+            self._doubts.append((encode_record(record), fate))
+            result.set_result(Unstored("the control log cannot be written", fate))
         else:
             result.set_exception(error)
+
+    def _settle(self, written: Written) -> None:
+        """Nothing can appear before a record that is stored: what is in doubt was found on the way to it, or is not
+        there and never will be."""
+        found = [(index, encode_record(entry.record)) for index, entry in written.found]
+        doubts, self._doubts = self._doubts, []
+        for data, fate in doubts:
+            place = next((place for place, (_, other) in enumerate(found) if other == data), None)
+            fate.set_result(None if place is None else found.pop(place)[0])
 
     def _fold(self, index: int, entry: Entry) -> None:
         self.state.apply(index, entry)

@@ -127,8 +127,8 @@ class LogState:
                 self._begin(index, intent)
             case FlushOutcome() as outcome:
                 self._end(outcome, entry)
-            case Checkpoint():
-                """It says what is folded in already."""
+            case Checkpoint() | Probe():
+                """It says what is folded in already, or nothing."""
 
     def copy(self) -> LogState:
         """As it stands; later records change only one of the two. Records and answers themselves never change."""
@@ -194,13 +194,17 @@ class LogState:
         self.sub_epochs = [*others, newest]
 
 
+class Probe(msgspec.Struct, frozen=True, tag="probe"):
+    """Says nothing. Stored behind a record of which nobody knows whether it is there: afterwards it is known."""
+
+
 class Checkpoint(msgspec.Struct, frozen=True, tag="checkpoint"):
     """Everything that the log said before this record. Older records may be removed some time after it."""
 
     state: LogState
 
 
-Record = TakeOver | RankJoined | RankLeft | FlushIntent | FlushOutcome | Checkpoint
+Record = TakeOver | RankJoined | RankLeft | FlushIntent | FlushOutcome | Checkpoint | Probe
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -220,6 +224,11 @@ _encoder = msgspec.json.Encoder()
 def encode_entry(entry: Entry) -> bytes:
     """One line of JSON: operators read the log with their eyes."""
     return _encoder.encode(entry)
+
+
+def encode_record(record: Record) -> bytes:
+    """Two records say the same if and only if this is the same of both, stored or not."""
+    return _encoder.encode(record)
 
 
 def decode_entry(data: bytes) -> Entry:

@@ -55,6 +55,9 @@ class Oracle:
         self._instants = itertools.count(1)
         #: epoch or sub-epoch -> instant of its intent, flush that has it
         self._begun: dict[int, tuple[int, str]] = {}
+        #: (flush id, its start) -> index of its intent; and what an answer with no index has said of its ranks
+        self._indices: dict[tuple[str, str], int] = {}
+        self._denied: dict[tuple[str, str], set[str]] = {}
         #: namespace, and beginning of prompts -> instant since which KV in this scope may be reused
         self._promised_spaces: dict[str, int] = {}
         self._promised_stems: dict[bytes, int] = {}
@@ -96,6 +99,10 @@ class Oracle:
         if isinstance(record, FlushIntent):
             self.require(index not in self._begun, f"invariant 4: epoch {index} is allotted twice")
             self._begun[index] = (self.now(), record.request.flush_id)
+            name = (record.request.flush_id, record.started_at)
+            self._indices[name] = index
+            if name in self._denied:
+                self._hold_to(name, record.takes_epoch and record.request.mode in STEP_MODES)
         elif isinstance(record, TakeOver):
             self._newest_term = index
             self._trace.tell("log", f"record {index}: a controller takes over")
@@ -103,6 +110,8 @@ class Oracle:
     def log_was_lost(self) -> None:
         """A new lineage begins; what was promised stays promised, by instants and no longer by epochs."""
         self._begun.clear()
+        self._indices.clear()
+        self._denied.clear()
         self.promise = Promise(0, self.promise.began)
         self._received = {request_id: Promise(0, known.began) for request_id, known in self._received.items()}
 
@@ -219,18 +228,44 @@ class Oracle:
         self._trace.tell(controller.name, what)
         self._trace.count(f"{answer['mode']} {answer['status']}")
         self._check_punctuality(controller, arguments, begun_s)
-        if answer["replayed"] or answer["status"] == "in_progress":
+        if answer["status"] == "in_progress":
+            return
+        if answer["replayed"]:
+            # a promise like the first one
+            if answer["success"] and not answer["dry_run"]:
+                self._check_success(answer, rows, arguments.get("scope"))
             return
         is_superseded = controller.plane._log.state.term != self._newest_term
         for incarnation, status in rows.items():
             if not (is_superseded and status == "expired"):  # by its own count, which is nobody's any more
                 self._check_verdict(incarnation, status, answer)
+        if not (answer["epoch"] or answer["sub_epoch"] or answer["dry_run"]):
+            self._deny(answer, rows, arguments.get("scope") is None)
         is_late_floor = answer["mode"] not in STEP_MODES and not answer["success"]
         self.require(
             not (is_late_floor and answer["floor_raised"]), f"G4: {answer['mode']} failed and raised the floor"
         )
         if answer["success"] and not answer["dry_run"]:
             self._check_success(answer, rows, arguments.get("scope"))
+
+    def _deny(self, answer: dict[str, Any], rows: Mapping[str, str], has_epoch: bool) -> None:
+        """An answer that names no epoch says of these ranks that the flush will not touch them."""
+        name = (answer["flush_id"], answer["started_at"])
+        untouched = {incarnation for incarnation, status in rows.items() if status in _UNTOUCHED}
+        if untouched and not answer["floor_raised"]:
+            self._trace.count("untouched without an epoch")
+            self._denied[name] = untouched
+            if name in self._indices:
+                self._hold_to(name, has_epoch and answer["mode"] in STEP_MODES)
+
+    def _hold_to(self, name: tuple[str, str], raises_floor: bool) -> None:
+        """The intent of such a flush is in the log."""
+        flush_id, index = name[0], self._indices[name]
+        self.require(not raises_floor, f"G4: the floor rises to {index} by {flush_id}, said to touch nobody")
+        for incarnation in self._denied[name]:
+            key = (incarnation, flush_id, index)
+            self.require(not self._executed[key], f"G4: {incarnation} is called untouched and has flushed {flush_id}")
+            self._untouched.add(key)
 
     def _check_punctuality(self, controller: Controller, arguments: Mapping[str, Any], begun_s: float) -> None:
         settings = self._settings

@@ -587,29 +587,80 @@ def test_every_call_is_in_the_audit_log() -> None:
     run(scenario())
 
 
+class Uncertain(MemoryStore):
+    """Stores the next record of this kind, and its answer is lost."""
+
+    mark = b""
+
+    def create(self, index: int, data: bytes) -> bool:
+        created = super().create(index, data)
+        if self.mark and self.mark in data:
+            self.mark = b""
+            raise OSError("no answer")
+        return created
+
+
 def test_an_intent_that_turns_up_in_the_log_later_is_closed_there() -> None:
-    class Uncertain(MemoryStore):
-        fails = False
-
-        def create(self, index: int, data: bytes) -> bool:
-            created = super().create(index, data)
-            if self.fails and b'"flush_intent"' in data:
-                self.fails = False
-                raise OSError("no answer")
-            return created
-
     async def scenario() -> None:
         store = Uncertain()
         async with world(store=store) as around, around.start() as plane:
             rank = FakeRank(rank_record(0))
             await add(plane, rank)
-            store.fails = True
+            store.mark = b'"flush_intent"'
             assert (await plane.flush(flush_id="lost"))["status"] == "unavailable"
             assert (await plane.flush(flush_id="next"))["success"]
             await until(lambda: not plane._log.state.open_flushes)
             assert [command.flush_id for command in rank.commands] == ["next"]
         records = [decode_entry(store.read(index) or b"").record for index in store.indices()]
         assert len([record for record in records if isinstance(record, FlushIntent)]) == 2
+
+    run(scenario())
+
+
+def test_a_floor_that_rises_with_a_lost_intent_is_never_denied() -> None:
+    async def scenario() -> None:
+        store = Uncertain()
+        async with world(store=store) as around:
+            async with around.start(lease_s=0.5) as plane:
+                rank = FakeRank(rank_record(0))
+                await add(plane, rank)
+                around.ranks.append(rank)
+                store.mark = b'"flush_intent"'
+                told = await plane.flush(flush_id="lost", mode="fence")
+                assert (told["status"], told["floor_raised"], statuses(told)) == ("unavailable", False, ["unreachable"])
+                await until(lambda: (plane._desk.read("lost") or {}).get("floor_raised", False))
+                again = await plane.flush(flush_id="lost", mode="fence")
+                assert (again["success"], again["replayed"], again["floor_raised"]) == (False, True, True)
+                assert again["epoch"] == plane._log.state.floor
+            async with around.start() as plane:
+                read = await plane.flush(flush_id="lost", mode="fence")
+                assert {key: read[key] for key in ("status", "epoch", "floor_raised", "message", "ranks")} == {
+                    key: again[key] for key in ("status", "epoch", "floor_raised", "message", "ranks")
+                }
+
+    run(scenario())
+
+
+def test_a_node_counted_as_out_of_lease_stays_so_while_the_outcome_is_in_doubt() -> None:
+    async def scenario() -> None:
+        store = Uncertain()
+        async with world(store=store) as around:
+            near, far = FakeRank(rank_record(0)), elsewhere(1)
+            around.ranks += [near, far]
+            far.behave = never
+            async with around.start(lease_s=0.5) as plane:
+                await add(plane, near, far)
+                node = around.node("elsewhere")
+                node.kill()
+                store.mark = b'"flush_outcome"'
+                told = await plane.flush(timeout_s=10, flush_id="f")
+                assert (told["status"], statuses(told)) == ("unavailable", ["flushed", "expired"])
+                node.start()
+                await until(lambda: node.lease_left_s > 0)
+                # the next controller reads a success there: no lease, not even of this one, may have a lower floor
+                assert node.floor == plane._log.state.floor > 0
+                again = await plane.flush(timeout_s=10, flush_id="f")
+                assert again["success"], "the answer is amended when the record turns up"
 
     run(scenario())
 

@@ -123,6 +123,10 @@ class Flush:
         return store.outcome
 
     @property
+    def given(self) -> list[str]:
+        return [row["status"] for row in self.answer["ranks"]]
+
+    @property
     def statuses(self) -> list[str]:
         return [row["status"] for row in self.outcome.answer["ranks"]]
 
@@ -402,6 +406,7 @@ def test_the_answer_leaves_on_time_whatever_the_log_does() -> None:
     flush.pass_time(2.0 + ANSWERED_S)
     assert flush.answer["status"] == "unavailable"
     assert "no rank was told" in flush.answer["message"]
+    assert flush.given == ["refused"]
     # the intent is found in the log later: nobody is told, and the log learns that it is over
     late = flush.stored()
     assert kinds(late) == [events.StoreOutcome]
@@ -410,12 +415,47 @@ def test_the_answer_leaves_on_time_whatever_the_log_does() -> None:
     assert flush.say(events.OutcomeStored()) == []
 
 
-def test_a_floor_that_was_stored_with_a_late_intent_is_told_as_it_is() -> None:
-    flush = Flush(0, mode="fence")
-    flush.pass_time(5.0 + SLACK_S)
+@pytest.mark.parametrize("mode", ["fence", "retract", "abort"])
+@pytest.mark.parametrize("is_slow", [True, False])
+def test_a_floor_that_was_stored_with_a_late_intent_is_told_as_it_is(mode: str, is_slow: bool) -> None:
+    flush = Flush(0, mode=mode)
+    if is_slow:
+        flush.pass_time(5.0 + SLACK_S)
+    else:
+        flush.say(events.NotStored("the control log cannot be written"))
+    # until it is known whether the floor rises nobody says that the ranks are untouched, and the id is not free
+    (given,) = flush.all(events.Give)
+    assert given.is_remembered
+    assert flush.given == ["unreachable"]
+    assert "the floor may rise" in flush.answer["message"]
     flush.stored()
+    assert flush.told == []
     assert flush.outcome.answer["floor_raised"]
-    assert flush.outcome.floor == INDEX
+    assert flush.outcome.floor == flush.outcome.answer["epoch"] == INDEX
+    (amend,) = flush.say(events.OutcomeStored())
+    assert isinstance(amend, events.Amend)
+    assert amend.answer["floor_raised"]
+    assert not amend.answer["success"]
+
+
+def test_an_id_is_free_again_when_its_intent_is_known_to_be_missing() -> None:
+    flush = Flush(0, mode="fence")
+    flush.say(events.NotStored("the control log cannot be written"))
+    assert flush.say(events.NotStored("it is not in the log", is_final=True)) == [events.Forget()]
+    superseded = Flush(0, mode="fence")
+    superseded.say(events.NotStored("another controller has taken over", is_final=True))
+    assert superseded.given == ["refused"]
+    assert not superseded.all(events.Give)[0].is_remembered
+
+
+def test_one_that_registered_while_the_intent_was_stored_and_died_has_not_joined() -> None:
+    flush = Flush(0)
+    flush.say(events.RankRegistered(record_of(1), is_new=True))
+    flush.say(events.RankGone("incarnation-1"))
+    flush.stored()
+    flush.answer_of(0, "flushed")
+    flush.say(events.OutcomeStored())
+    assert flush.statuses == ["flushed"]
 
 
 def test_success_is_not_said_before_it_is_stored() -> None:
@@ -443,9 +483,15 @@ def test_a_log_that_refuses_the_outcome() -> None:
     flush.answer_of(0, "flushed")
     flush.pass_time(0.5)
     after = flush.say(events.NotStored("the control log cannot be written"))
-    assert kinds(after) == [events.Give, events.Release]
+    # perhaps it is there, and the next controller reads a success that counts on the node being out of lease
+    assert kinds(after) == [events.Give]
     assert flush.answer["message"] == "every rank has flushed, but the control log cannot be written"
     assert [row["status"] for row in flush.answer["ranks"]] == ["flushed", "expired"]
+    after = flush.say(events.NotStored("it is not in the log", is_final=True))
+    assert kinds(after) == [events.Release, events.StoreOutcome]
+    closing = flush.all(events.StoreOutcome)[-1].outcome
+    assert (closing.answer["success"], closing.floor) == (False, 0)
+    assert flush.say(events.NotStored("another controller has taken over", is_final=True)) == []
 
 
 def test_a_floor_that_is_raised_stays_raised_in_what_is_told() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from actors.control_log import KEEP_S, ControlLog, Superseded
 from actors.log_keeper import CHECKPOINT_EVERY, LogEvents, LogKeeper, Stored, Unstored
-from actors.log_records import Checkpoint, FlushIntent, RankJoined, RankLeft, decode_entry
+from actors.log_records import Checkpoint, FlushIntent, Probe, RankJoined, RankLeft, TakeOver, decode_entry
 from actors.log_stores import LogStore, MemoryStore
 from actors.log_thread import LogThread
 from tests.unit.actors.fakes import SetClock, make_request, rank_record
@@ -24,7 +24,6 @@ class Kept:
     clock: SetClock
     checked: list[float] = field(default_factory=list)
     superseded: list[Superseded] = field(default_factory=list)
-    found: list[tuple[int, FlushIntent]] = field(default_factory=list)
 
     @property
     def records(self) -> list[Any]:
@@ -39,7 +38,6 @@ async def kept(store: LogStore | None = None) -> AsyncIterator[Kept]:
     events = LogEvents(
         checked=lambda begun_s: all_of_it[0].checked.append(begun_s),
         superseded=lambda reason: all_of_it[0].superseded.append(reason),
-        found_intent=lambda index, intent: all_of_it[0].found.append((index, intent)),
     )
     keeper = LogKeeper(LogThread(ControlLog(store, clock)), clock, events)
     all_of_it.append(Kept(keeper, store, clock))
@@ -122,11 +120,42 @@ def test_a_record_that_is_there_after_all_is_folded_in_and_told() -> None:
             store.fails = True
             lost = await log.keeper.append(intent("lost"))
             assert isinstance(lost, Unstored)
+            assert lost.fate is not None
+            assert not lost.fate.done()
             assert log.keeper.state.epoch == 0
             assert await log.keeper.append(RankJoined(rank_record(0))) == Stored(3)
-            assert log.found == [(2, intent("lost"))]
+            assert await lost.fate == 2
             assert log.keeper.state.epoch == 2
             assert list(log.keeper.state.members) == ["incarnation-0"]
+
+    run(scenario())
+
+
+def test_what_became_of_a_record_in_doubt_is_found_out_without_another_flush() -> None:
+    class Bad(MemoryStore):
+        num_bad = 0
+
+        def create(self, index: int, data: bytes) -> bool:
+            self.num_bad -= 1
+            if self.num_bad >= 0:
+                raise OSError("no answer")
+            return super().create(index, data)
+
+    async def scenario() -> None:
+        store = Bad()
+        async with kept(store) as log:
+            store.num_bad = 3
+            lost = [await log.keeper.append(intent(name)) for name in ("a", "b")]
+            log.keeper.tidy()
+            await log.keeper.check()
+            fates = [unstored.fate for unstored in lost if isinstance(unstored, Unstored)]
+            assert not any(fate is None or fate.done() for fate in fates), "a probe that fails says nothing"
+            log.keeper.tidy()
+            assert [await fate for fate in fates if fate is not None] == [None, None]
+            assert [type(record) for record in log.records] == [TakeOver, Probe]
+            log.keeper.tidy()
+            await log.keeper.check()
+            assert len(log.records) == 2, "one is enough"
 
     run(scenario())
 
