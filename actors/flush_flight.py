@@ -223,7 +223,9 @@ class FlushFlight:
             self.handle(FloorSettled(node_id, answer.host_pages, answer.host_bytes))
 
     async def _drop_host(self, node_id: str, older_than_s: float | None) -> None:
-        dropped = await self._tools.nodes.drop_host(node_id, older_than_s)
+        machine = self.machine
+        until_s = machine.plan.valid_until_s
+        dropped = await self._tools.nodes.drop_host(node_id, machine.run.index, older_than_s, until_s)
         if dropped.failure:
             self.handle(HostFailed(node_id, dropped.failure))
         else:

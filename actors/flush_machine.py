@@ -155,7 +155,7 @@ class FlushMachine:
             case FloorSettled(node_id, num_pages, num_bytes):
                 self._raising.discard(node_id)
                 if num_pages is not None:
-                    self._hosts.voided(node_id, num_pages, num_bytes)
+                    self._hosts.floor_raised(node_id, num_pages, num_bytes)
             case HostFlushed(node_id, num_pages, num_bytes):
                 self._hosts.answered(node_id, num_pages, num_bytes)
             case HostFailed(node_id, message):
@@ -181,7 +181,9 @@ class FlushMachine:
     @property
     def can_cancel(self) -> bool:
         """It has not begun to be irrevocable, and is not over."""
-        is_irrevocable = self.plan.raises_floor_first or (self.plan.tells_hosts and self._has_begun)
+        plan = self.plan
+        is_by_record = plan.raises_floor_first or plan.request.drops_host_alone
+        is_irrevocable = is_by_record or (plan.tells_hosts and self._has_begun)
         return self.state in ("storing", "running") and not is_irrevocable
 
     @property
@@ -211,6 +213,7 @@ class FlushMachine:
         yield self._cancel_until_s
         if self.plan.counts_expired:
             yield from map(self._nodes.lease_over_s, {record.node_id for record in self.run.open_records})
+        yield from map(self._nodes.lease_over_s, self._hosts.open_nodes)
 
     # ------------------------------------------------------------------------------------------------------- running
     def _intent_stored(self, index: int, now_s: float) -> list[Command]:
@@ -234,7 +237,7 @@ class FlushMachine:
         for record in self._newcomers:
             if not run.has(record.incarnation):  # else it was answered before there was this epoch, and is told
                 run.joined(record)
-        commands = self._begin_hosts(now_s)
+        commands: list[Command] = []
         if plan.raises_floor_first:
             run.is_floor_raised = True
             self._raising = {record.node_id for record in run.records}
@@ -242,11 +245,11 @@ class FlushMachine:
             commands += [RaiseFloor(node_id, index) for node_id in sorted(self._raising)]
         return commands + self._proceed(now_s)
 
-    def _begin_hosts(self, now_s: float) -> list[Command]:
-        """Tell the host tiers that must do something themselves."""
+    def _tell_hosts(self) -> list[Command]:
+        """Tell the host tiers that must do something themselves, also those that are heard of only now."""
         scope = self.plan.request.scope
         age_s = None if scope is None else scope.older_than_s
-        nodes = self._hosts.begin({record.node_id for record in self.run.records}, now_s)
+        nodes = self._hosts.look({record.node_id for record in self.run.records}, self.run.epoch)
         return [TellHost(node_id, age_s) for node_id in nodes]
 
     def _register(self, record: RankRecord, is_new: bool) -> None:
@@ -264,7 +267,7 @@ class FlushMachine:
             return self._after_close(now_s)
         if self.state != "running":
             return self._give_up_storing(now_s)
-        commands: list[Command] = []
+        commands = self._tell_hosts()
         if not self.run.is_cancelled and len(self._told) < len(self.run.records):
             commands += self._tell(now_s)
         if self._is_finished(now_s):
@@ -294,14 +297,15 @@ class FlushMachine:
         if now_s >= min(self._collect_until_s, self._cancel_until_s):
             return True
         if self.run.is_settled:
-            return self._hosts.is_settled
+            return self._hosts.is_settled(now_s)
         if self._has_superseder_ended:
             return True
         if now_s < self._courtesy_until_s or self.run.is_cancelled:
             return False
         if self._raising and now_s < self._patience_until_s:
             return False
-        return all(self._stand_in(record, now_s) is not None for record in self.run.open_records)
+        are_all_good = all(self._stand_in(record, now_s) is not None for record in self.run.open_records)
+        return are_all_good and self._hosts.is_settled(now_s)
 
     def _stand_in(self, record: RankRecord, now_s: float) -> tuple[Literal["fenced", "expired"], str] | None:
         """What is good about this rank without its own word."""
@@ -322,7 +326,8 @@ class FlushMachine:
         self.state = "ending"
         commands: list[Command] = []
         if not plan.raises_floor_first:
-            nodes = {row["node"] for row in answer["ranks"] if row["status"] == "expired"}
+            rows = [*answer["ranks"], *answer["host_tiers"]]
+            nodes = {row["node"] for row in rows if row["status"] == "expired"}
             self._withheld = tuple(sorted(nodes)) if answer["success"] else ()
             commands += [Withhold(self._withheld)] if self._withheld else []
         return [*commands, self._store_answer(answer)]

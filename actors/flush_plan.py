@@ -82,9 +82,7 @@ class FlushPlan:
     @property
     def tells_hosts(self) -> bool:
         """The host tiers must do something themselves: drop all they have, or what is older than an age."""
-        request = self.request
-        is_aged = request.scope is not None and request.scope.older_than_s is not None
-        return "host" in request.tiers and not request.dry_run and (is_aged or not self.tells_ranks)
+        return self.request.drops_host_alone or self.request.drops_host_by_age
 
     @property
     def takes_sub_epoch(self) -> bool:

@@ -62,6 +62,17 @@ class FlushRequest:
         return self.scope is None and not self.dry_run and set(self.tiers) == set(limits.tiers)
 
     @property
+    def drops_host_alone(self) -> bool:
+        """Every host tier drops all it has, and the device keeps what it has."""
+        return self.tiers == ("host",) and not self.dry_run
+
+    @property
+    def drops_host_by_age(self) -> bool:
+        """Every host tier drops what is older than an age."""
+        is_aged = self.scope is not None and self.scope.older_than_s is not None
+        return is_aged and "host" in self.tiers and not self.dry_run
+
+    @property
     def _arguments(self) -> tuple[object, ...]:
         return (self.mode, self.tiers, self.timeout_s, self.scope, self.dry_run)
 

@@ -181,7 +181,7 @@ class FlushRun:
         self._is_closed = True
         status, message, http_status = self._summary()
         if hosts is not None:
-            hosts.close(self.epoch, status == "flushed")
+            hosts.close(status == "flushed", now_s)
             if status == "flushed" and hosts.complaint:
                 status, message, http_status = "unreachable", hosts.complaint, 503
         success = status == "flushed"

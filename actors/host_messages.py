@@ -54,6 +54,20 @@ class HostCaller:
 
 
 @dataclass(frozen=True, slots=True)
+class HostDropOrder:
+    """A flush that a node's tier must carry out itself: of that tier alone, or by age."""
+
+    #: log index of its intent
+    index: int
+    #: drop what was begun more than so many seconds before the order comes; None: everything
+    older_than_s: float | None
+    #: of the controller that sends it
+    term: int
+    #: CLOCK_BOOTTIME of the node in seconds; past it nothing is dropped: the caller was told that this tier did not
+    valid_until_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class HostDropped:
     """What a node's tier did about a flush of its own."""
 

@@ -64,6 +64,8 @@ class StoreSurroundings:
     pid_namespace: str
     #: a file has the arena's name
     has_file: Callable[[], bool]
+    #: what that file holds is void and nobody owns it: retire it, so that nobody reads it any more
+    discard_file: Callable[[], None]
     #: ranks use the arena (True), or the last of them has left in good order
     used: Callable[[bool], None]
 
@@ -78,6 +80,8 @@ class HostStore:
         self._term = 0
         self._floor = 0
         self._birth_floor_ns = 0
+        #: log index of the newest flush of host tiers that this tier keeps to, and how many pages that one made void
+        self._drop = self._num_dropped = 0
         self._open: OpenArena | None = None
         self._opener = ArenaOpener(settings, around.open_file, around.processes, around.in_thread)
         #: whoever has it is alone with the tier: a call of a rank, or a look over everything in a thread
@@ -93,7 +97,7 @@ class HostStore:
             self._open.file.retire()
             self._open = None
         self._lineage = lineage
-        self._term = self._floor = self._birth_floor_ns = 0
+        self._term = self._floor = self._birth_floor_ns = self._drop = self._num_dropped = 0
         self._opened.clear()
 
     def raise_floor(self, term: int, floor: int) -> HostDropped:
@@ -108,6 +112,26 @@ class HostStore:
         self._reclaim()
         num_pages = num_before - opened.tier.num_valid
         return HostDropped(num_pages, num_pages * opened.identity.page_bytes)
+
+    def raise_drop(self, drop: int, known_drop: int) -> bool:
+        """A flush of host tiers with this log index must not have missed this one: all that is older goes.
+
+        known_drop: what the node has kept to before, as its control page says.  False: not yet, ask again; an arena is
+        being opened.
+        """
+        is_kept = drop <= max(self._drop, known_drop)
+        self._drop = max(self._drop, drop, known_drop)
+        if is_kept:
+            return True
+        if self._open is not None:
+            self._num_dropped = self._open.tier.drop_below(drop)
+            self._reclaim()
+        elif self._opener.is_opening:
+            return False
+        elif self._around.has_file():
+            # ranks may have mapped it under an earlier agent; nothing in it is young enough
+            self._around.discard_file()
+        return True
 
     # ------------------------------------------------------------------------------------------------- calls of ranks
     async def claim(self, claim: HostClaim) -> HostPlace | HostPending | HostRefused:
@@ -183,13 +207,16 @@ class HostStore:
                 self._around.used(False)
 
     # --------------------------------------------------------------------------------------------------------- flushes
-    async def drop_all(self) -> HostDropped:
-        """Flush this tier alone; see HostTier.drop_all."""
+    async def drop_all(self, drop: int) -> HostDropped:
+        """Flush this tier alone: all pages of a lower drop number go. drop: log index of the flush, which the node may
+        have been told with its lease already."""
         opened = await self._settled()
         if opened is None:
             return HostDropped(0, 0, self._why_closed())
         async with self._alone:
-            num_pages = opened.tier.drop_all()
+            if drop > self._drop:
+                self._drop, self._num_dropped = drop, opened.tier.drop_below(drop)
+            num_pages = self._num_dropped
         self._reclaim()
         return HostDropped(num_pages, num_pages * opened.identity.page_bytes)
 
@@ -287,6 +314,7 @@ class HostStore:
         # what was raised while it was being made; nobody has committed yet
         file.page.raise_floor(self._term, self._floor)
         file.page.raise_birth_floor(self._birth_floor_ns)
+        tier.drop_below(self._drop)
         self._open = opened
         for holder in [*tier.owners.leased, *tier.owners.quarantined]:
             if holder != NOBODY:

@@ -73,6 +73,15 @@ class EndedFlush:
     boot_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class AgedFlush:
+    """A flush of host tiers by age. A node that is not named has missed it, and drops all it has when it comes back."""
+
+    index: int
+    node_ids: frozenset[str]
+
+
+_MAX_AGED = 32
 # 4096 sub-epochs are about 400 kB of a checkpoint; keys of the host tier look theirs up by scope.
 _MAX_SUB_EPOCHS = 4096
 # 512 answers of 8 ranks are about 1 MB of a checkpoint; the controller's memory holds more of them.
@@ -107,6 +116,10 @@ class LogState:
     ended: dict[str, EndedFlush] = field(default_factory=dict)
     #: of scoped flushes, oldest first, bounded; those not above the floor are no longer needed
     sub_epochs: list[SubEpoch] = field(default_factory=list)
+    #: index of the newest flush of the host tier alone: on every node what is older in that tier is void
+    host_drop: int = 0
+    #: successful flushes of host tiers by age, oldest first, bounded
+    aged: list[AgedFlush] = field(default_factory=list)
     #: how often the newest controller actor took over before: its restarts
     num_restarts: int = 0
     #: of the newest take-over
@@ -130,6 +143,12 @@ class LogState:
             case Checkpoint() | Probe():
                 """It says what is folded in already, or nothing."""
 
+    def host_drop_of(self, node_id: str) -> int:
+        """Index of the newest flush of host tiers of which this node's tier must not hold anything older: of that tier
+        alone, or by age if the node has missed it. 0: none."""
+        missed = (flush.index for flush in self.aged if node_id not in flush.node_ids)
+        return max(self.host_drop, *missed, 0)
+
     def copy(self) -> LogState:
         """As it stands; later records change only one of the two. Records and answers themselves never change."""
         return replace(
@@ -140,6 +159,7 @@ class LogState:
             open_flushes=dict(self.open_flushes),
             ended=dict(self.ended),
             sub_epochs=list(self.sub_epochs),
+            aged=list(self.aged),
         )
 
     def _take_over(self, index: int, record: TakeOver) -> None:
@@ -164,6 +184,8 @@ class LogState:
             self.epoch = index
             if intent.request.mode in STEP_MODES:
                 self._raise_floor(index)
+        elif intent.request.drops_host_alone:
+            self.host_drop = index
         elif intent.request.scope is not None:
             self._add_sub_epoch(SubEpoch(intent.request.scope, index))
 
@@ -173,6 +195,8 @@ class LogState:
             self.promised = max(self.promised, outcome.floor)
         intent = self.open_flushes.pop(outcome.intent, None)
         if intent is not None:
+            if outcome.answer["success"] and intent.request.drops_host_by_age:
+                self._add_aged(outcome)
             self.ended.pop(intent.request.flush_id, None)
             ended = EndedFlush(intent.request, outcome.answer, entry.boot_id, entry.boot_s)
             self.ended[intent.request.flush_id] = ended
@@ -184,6 +208,14 @@ class LogState:
     def _raise_floor(self, floor: int) -> None:
         self.floor = max(self.floor, floor)
         self.sub_epochs = [sub_epoch for sub_epoch in self.sub_epochs if sub_epoch.index > self.floor]
+        self.aged = [flush for flush in self.aged if flush.index > self.floor]
+
+    def _add_aged(self, outcome: FlushOutcome) -> None:
+        did = frozenset(row["node"] for row in outcome.answer["host_tiers"] if row["status"] == "flushed")
+        self.aged.append(AgedFlush(outcome.intent, did))
+        if len(self.aged) > _MAX_AGED:
+            first, second, *rest = self.aged
+            self.aged = [AgedFlush(second.index, first.node_ids & second.node_ids), *rest]
 
     def _add_sub_epoch(self, newest: SubEpoch) -> None:
         others = [sub_epoch for sub_epoch in self.sub_epochs if sub_epoch.scope != newest.scope]

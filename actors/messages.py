@@ -163,6 +163,9 @@ class LeaseAnswer:
     #: ask again after this many seconds
     period_s: float
     message: str = ""
+    #: log index of the newest flush of host tiers that this node's tier may have missed: what is older in it is void,
+    #: and goes before the lease is written
+    host_drop: int = 0
 
 
 @dataclass(frozen=True, slots=True)

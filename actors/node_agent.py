@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from actors.audit_log import InThread
 from actors.clock import Clock
 from actors.end_proofs import EndProof, pause
-from actors.host_messages import HostDropped
+from actors.host_messages import HostDropOrder, HostDropped
 from actors.host_store import HostStore
 from actors.messages import FloorAnswer, LeaseAnswer, NodeRenewal, PagePlace, ProcessName
 from actors.ray_errors import Answered, outcome_within
@@ -107,6 +107,22 @@ class NodeAgent:
             host_pages=voided.freed_pages, host_bytes=voided.freed_bytes,
         )  # fmt: skip
 
+    async def drop_host(self, order: HostDropOrder) -> HostDropped:
+        """Have the node's host tier drop pages, unless the order is late or of a superseded controller."""
+        host, now_s = self._around.host, self._around.clock.now_s()
+        if host is None:
+            return HostDropped(0, 0)
+        if self._file is None or not self._file.page.raise_floor(order.term, 0):
+            return HostDropped(0, 0, "it obeys no controller yet, or a later one")
+        if now_s >= order.valid_until_s:
+            return HostDropped(0, 0, "the order came too late")
+        if order.older_than_s is not None:
+            return await host.drop_older(max(0, int((now_s - order.older_than_s) * _NS)))
+        dropped = await host.drop_all(order.index)
+        if not dropped.failure:
+            self._file.page.raise_drop(order.index)
+        return dropped
+
     async def until_gone(self, name: ProcessName) -> bool:
         """True when the process is proven gone; False at once if it cannot be seen from here."""
         if name.pid_namespace not in ("", self._around.pid_namespace):
@@ -176,10 +192,22 @@ class NodeAgent:
             await self._begin_lineage(answer.lineage)
         elif self._file is not None and answer.lease_s > 0:
             end_ns = int((sent_s + answer.lease_s) * _NS)
-            if not self._file.page.grant(answer.term, answer.floor, 0, end_ns):
+            if not self._keep_to(answer):
+                self.message = f"its host tier has missed flush {answer.host_drop} and is being opened"
+            elif not self._file.page.grant(answer.term, answer.floor, 0, end_ns):
                 self.message = f"the page obeys a higher term than {answer.term}"
             elif self._around.host is not None:
                 self._around.host.raise_floor(answer.term, answer.floor)
+
+    def _keep_to(self, answer: LeaseAnswer) -> bool:
+        """Carry out the flush of host tiers that this node has missed. False: not yet, and so it may have no lease."""
+        host, file = self._around.host, self._file
+        if host is None or file is None or not file.page.raise_floor(answer.term, 0):
+            return True
+        is_kept = host.raise_drop(answer.host_drop, file.page.read().drop)
+        if is_kept:
+            file.page.raise_drop(answer.host_drop)
+        return is_kept
 
     async def _begin_lineage(self, lineage: str) -> None:
         """The first controller, or one that has lost its log: what is cached under another lineage is void."""
@@ -195,6 +223,7 @@ class NodeAgent:
                 words = file.page.read()
                 self._around.host.begin_lineage(lineage)
                 self._around.host.raise_floor(words.term, words.floor)
+                self._around.host.raise_drop(words.drop, words.drop)
         except ConfigError as error:
             self.message = error.message
             log.error("no control page: %s", error)

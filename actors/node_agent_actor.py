@@ -17,7 +17,7 @@ import ray
 from actors.clock import BootClock
 from actors.detached import find_actor
 from actors.end_proofs import LocalEnd, pause, pid_namespace
-from actors.host_messages import HostCaller, HostClaim, HostDropped, HostPending, HostPlace, HostRefused
+from actors.host_messages import HostCaller, HostClaim, HostDropOrder, HostDropped, HostPending, HostPlace, HostRefused
 from actors.host_store import HostStore, StoreSurroundings
 from actors.messages import FloorAnswer, ProcessName
 from actors.metrics import TierMetrics
@@ -41,7 +41,6 @@ class NodeAgentActor:
 
     async def __init__(self, settings: Settings, node_id: str, controller_name: str) -> None:
         files, clock, namespace = NodeFiles(settings, node_id), BootClock(), pid_namespace()
-        self._clock = clock
         self._host = HostStore(
             settings.host_tier,
             StoreSurroundings(
@@ -53,6 +52,7 @@ class NodeAgentActor:
                 in_thread=asyncio.to_thread,
                 pid_namespace=namespace,
                 has_file=files.has_arena,
+                discard_file=files.discard_arena,
                 used=files.used,
             ),
         )
@@ -119,13 +119,9 @@ class NodeAgentActor:
 
     # --- the host tier, for the controller ----------------------------------------------------------------------------
 
-    async def drop_host(self) -> HostDropped:
-        """See HostStore.drop_all."""
-        return await self._host.drop_all()
-
-    async def drop_host_older(self, age_s: float) -> HostDropped:
-        """Make pages of chains void that were begun more than `age_s` ago, counted from here."""
-        return await self._host.drop_older(max(0, int((self._clock.now_s() - age_s) * 1e9)))
+    async def drop_host(self, order: HostDropOrder) -> HostDropped:
+        """See NodeAgent.drop_host."""
+        return await self._agent.drop_host(order)
 
     async def _report(self) -> None:
         while True:

@@ -82,10 +82,9 @@ class NodeBook:
         node = self._nodes.get(node_id)
         return None if node is None else node.host
 
-    def host_nodes(self, now_s: float) -> list[str]:
-        """Nodes that have a host tier and are alive as far as is known; in order."""
-        lease_s = self.leases.lease_s
-        return sorted(id for id, node in self._nodes.items() if node.host and now_s - node.heard_s <= lease_s)
+    def host_nodes(self) -> list[str]:
+        """Nodes that have a host tier, silent ones included; in order."""
+        return sorted(id for id, node in self._nodes.items() if node.host)
 
     def host_row(self, node_id: str) -> dict[str, Any]:
         """A node's host tier as plain data."""

@@ -15,7 +15,7 @@ from actors import file_keeper
 from actors.free_memory import free_memory_bytes
 from actors.node_processes import NodeClock, NodeProcesses
 from cache.control_page import FileIdentity
-from cache.orphans import inherit, sweep
+from cache.orphans import discard, inherit, sweep
 from cache.shared_file import FileMaker, FilePaths, OwnedFile
 from cache.shared_words import fence_for
 from configs.schema import Settings
@@ -54,6 +54,10 @@ class NodeFiles:
     def has_arena(self) -> bool:
         """A file has the arena's name."""
         return self.arena.data.exists()
+
+    def discard_arena(self) -> None:
+        """Retire the arena that an earlier agent has left, and free its name. Not while this process owns it."""
+        discard(self.arena, self._fence)
 
     def used(self, is_used: bool) -> None:
         """Pages of KV are worth keeping for the next start, or all ranks have left in good order."""

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeAlias
 
 from actors.clock import Clock
-from actors.host_messages import HostDropped
+from actors.host_messages import HostDropOrder, HostDropped
 from actors.log_records import LogState
 from actors.messages import MESSAGE_VERSION, FloorAnswer, LeaseAnswer, NodeRenewal, PagePlace
 from actors.node_book import NodeBook
@@ -65,6 +65,7 @@ class Nodes:
             lease_s=lease_s if refusal is None else 0.0,
             period_s=lease_s / RENEWALS_PER_LEASE,
             message=refusal or "",
+            host_drop=state.host_drop_of(renewal.node_id),
         )
 
     async def raise_floor(self, node_id: str, floor: int) -> FloorAnswer | None:
@@ -84,13 +85,20 @@ class Nodes:
         self._note(node_id)
         return answer
 
-    async def drop_host(self, node_id: str, older_than_s: float | None) -> HostDropped:
-        """Have a node's host tier drop all its pages, or those older than an age."""
-        handle = self._agents.get(node_id)
-        if handle is None:
+    async def drop_host(
+        self, node_id: str, index: int, older_than_s: float | None, valid_until_s: float
+    ) -> HostDropped:
+        """Have a node's host tier drop all its pages, or those older than an age, for the flush with this log index.
+
+        Waits for a node that has not been heard of.  valid_until_s: of the controller's clock.
+        """
+        if not await self._until(lambda: self._is_heard(node_id), valid_until_s):
             return HostDropped(0, 0, "its node's agent has not been heard of")
-        call = handle.drop_host.remote() if older_than_s is None else handle.drop_host_older.remote(older_than_s)
-        outcome = await outcome_of(call)
+        now_s = self._clock.now_s()
+        boot_s = self.book.boot_s(node_id, now_s)
+        assert boot_s is not None, "a node that was heard of has a clock"
+        order = HostDropOrder(index, older_than_s, self._state.term, boot_s + valid_until_s - now_s)
+        outcome = await outcome_of(self._agents[node_id].drop_host.remote(order))
         return outcome.value if isinstance(outcome, Answered) else HostDropped(0, 0, outcome.message)
 
     def host_rows(self, node_ids: Iterable[str]) -> list[dict[str, Any]]:
@@ -99,16 +107,9 @@ class Nodes:
 
     async def ready(self, node_id: str, timeout_s: float) -> PagePlace | None:
         """The page of a node that has a lease: at once, or when its agent has got one. None: not within the time."""
-        until_s = self._clock.now_s() + timeout_s
         self.ensure(node_id)
-        while self.book.page(node_id) is None or self.book.refusal(node_id):
-            left_s = until_s - self._clock.now_s()
-            if left_s <= 0:
-                return None
-            waiting = asyncio.ensure_future(self._renewed.wait())
-            await asyncio.wait({waiting}, timeout=left_s)
-            waiting.cancel()
-        return self.book.page(node_id)
+        has_lease = await self._until(lambda: self._has_lease(node_id), self._clock.now_s() + timeout_s)
+        return self.book.page(node_id) if has_lease else None
 
     def ensure(self, node_id: str) -> None:
         """Begin to make the node's agent if it has not been heard of for a lease time."""
@@ -129,6 +130,23 @@ class Nodes:
     def close(self) -> None:
         for making in self._making.values():
             making.cancel()
+
+    def _is_heard(self, node_id: str) -> bool:
+        return node_id in self._agents
+
+    def _has_lease(self, node_id: str) -> bool:
+        return self.book.page(node_id) is not None and not self.book.refusal(node_id)
+
+    async def _until(self, holds: Callable[[], bool], until_s: float) -> bool:
+        """Wait for what renewals can make true. False: it was not by then."""
+        while not holds():
+            left_s = until_s - self._clock.now_s()
+            if left_s <= 0:
+                return False
+            waiting = asyncio.ensure_future(self._renewed.wait())
+            await asyncio.wait({waiting}, timeout=left_s)
+            waiting.cancel()
+        return True
 
     def _note(self, node_id: str) -> None:
         self._renewed.set()

@@ -192,11 +192,9 @@ class ControlPageWriter(ControlPage):
         """Host pages whose chain was begun before this are void from the return on. CLOCK_BOOTTIME in ns."""
         self._raise_word(_BIRTH_FLOOR, birth_floor_ns)
 
-    def advance_drop(self) -> int:
-        """All host pages and all leases of slots are void from the return on. The new drop number."""
-        drop = self._load(_DROP) + 1
-        self._store(self._words, _DROP, drop)
-        return drop
+    def raise_drop(self, drop: int) -> None:
+        """Host pages and leases of slots of a lower drop number are void from the return on."""
+        self._raise_word(_DROP, drop)
 
     def retire(self) -> None:
         """Make everybody who maps this file stop using it, before its name goes to another one."""

@@ -158,9 +158,13 @@ class HostTier:
 
     def drop_all(self) -> int:
         """Flush of the host tier alone: no page is found, no lease commits any more. O(1). How many pages it were."""
-        num_pages = self.num_valid
-        self.page.advance_drop()
-        return num_pages
+        return self.drop_below(self.page.read().drop + 1)
+
+    def drop_below(self, drop: int) -> int:
+        """The same for what has a lower drop number; how many pages it were. Nothing the second time."""
+        num_before = self.num_valid
+        self.page.raise_drop(drop)
+        return num_before - self.num_valid
 
     @property
     def num_valid(self) -> int:

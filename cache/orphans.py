@@ -30,6 +30,14 @@ def sweep(directory: Path, fence: Fence, keep: Collection[str] = (), keep_lineag
     return [name for name in sorted(names) if _sweep_one(FilePaths(directory, name), fence, kept)]
 
 
+def discard(paths: FilePaths, fence: Fence) -> None:
+    """Retire the file of this name, so that whoever maps it stops using it, and free the name. For its only owner."""
+    mapping = map_existing(paths.data)
+    if mapping is not None:
+        ControlPageWriter(control_words(mapping), fence).retire()
+    paths.data.unlink(missing_ok=True)
+
+
 def inherit(paths: FilePaths, identity: FileIdentity, fence: Fence, keep: Collection[str] = ()) -> str | None:
     """Give a dead deployment's file of exactly this identity the name of `paths`, if nothing has that name.
 

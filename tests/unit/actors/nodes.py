@@ -11,7 +11,6 @@ import ray.exceptions
 
 from actors.clock import BootClock, Clock
 from actors.end_proofs import EndProof, LocalEnd
-from actors.host_messages import HostDropped
 from actors.host_store import HostStore
 from actors.messages import ProcessName
 from actors.node_agent import AgentSurroundings, NodeAgent
@@ -105,19 +104,7 @@ class FakeNode:
 
     @property
     def drop_host(self) -> Remote:
-        return Remote(self._call(lambda: self._host.drop_all))
-
-    @property
-    def drop_host_older(self) -> Remote:
-        async def drop_older(age_s: float) -> HostDropped:
-            return await self._host.drop_older(int((self.clock.now_s() - age_s) * 1e9))
-
-        return Remote(self._call(lambda: drop_older))
-
-    @property
-    def _host(self) -> HostStore:
-        assert self.host is not None
-        return self.host
+        return Remote(self._call(lambda: self.agent.drop_host))
 
     def _call(self, method: Callable[[], Callable[..., Awaitable[Any]]]) -> Callable[..., Awaitable[Any]]:
         async def call(*args: Any) -> Any:

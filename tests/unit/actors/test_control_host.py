@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from actors.control_plane import ControlPlane
-from tests.unit.actors.fakes import NODE, FakeRank
+from tests.unit.actors.fakes import NODE, FakeRank, rank_record
 from tests.unit.actors.nodes import FakeNode
 from tests.unit.actors.planes import World, add, ranks, run, statuses, until, world
 from tests.unit.actors.test_host_store import KEYS, PAGE_BYTES, Node, Rank
@@ -112,6 +115,45 @@ def test_a_frozen_agent_is_no_success_for_its_tier_alone(tmp_path: Path) -> None
             assert tier_row(answer)[0] == "unreachable"
             now.node.thaw()
             assert (await now.plane.flush(tiers=["host"], timeout_s=1))["success"]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("arguments", [{"tiers": ["host"]}, {"scope": {"older_than_s": 0}}])
+def test_a_controller_that_has_just_begun_waits_for_the_nodes_of_its_ranks(
+    tmp_path: Path, arguments: dict[str, Any]
+) -> None:
+    async def scenario() -> None:
+        async with scene(tmp_path) as now:
+            now.around.ranks.append(now.rank)
+            now.node.freeze()  # it renews nothing while the next controller begins
+            async with now.around.start(lease_s=5.0) as second:
+                assert not (await second.flush(**arguments, timeout_s=0.05))["success"]
+                assert now.writer.finds(KEYS[0])
+                flushing = asyncio.create_task(second.flush(**arguments, timeout_s=5))
+                now.node.thaw()
+                answer = await flushing
+                assert answer["success"], answer
+                assert tier_row(answer)[0] == "flushed"
+                assert not now.writer.finds(KEYS[0])
+
+    run(scenario())
+
+
+def test_a_node_that_missed_a_flush_has_no_lease_before_it_has_made_up_for_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with scene(tmp_path) as now, now.around.start(lease_s=0.2) as second:
+            now.around.ranks.append(now.rank)
+            now.node.kill()
+            near = FakeRank(rank_record(1, node_id="near"))
+            await add(second, near)
+            answer = await second.flush(tiers=["host"], timeout_s=1)
+            assert answer["success"], answer
+            assert {row["node"]: row["status"] for row in answer["host_tiers"]}[NODE] == "expired"
+            assert now.writer.finds(KEYS[0])
+            now.node.start()
+            await until(lambda: now.node.lease_left_s > 0)
+            assert not now.writer.finds(KEYS[0])
 
     run(scenario())
 

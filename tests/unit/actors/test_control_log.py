@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -220,3 +221,38 @@ def test_a_missing_record_is_named() -> None:
     store.create(3, store.read(1) or b"")
     with pytest.raises(ConfigError, match="gaps"):
         take_over(store)
+
+
+def _of_tiers(*tiers: str, **scope: object) -> FlushIntent:
+    request = make_request(scope=scope or None)
+    return FlushIntent(replace(request, tiers=tiers), False, ("incarnation-0",), "now")
+
+
+def _end(log: ControlLog, intent: FlushIntent, **rows: str) -> int:
+    """Store a flush with its success; rows: node -> status of its host tier. The intent's index."""
+    index = log.append(intent).index
+    tiers = [{"node": node, "status": status} for node, status in rows.items()]
+    facts = {"success": True, "status": "flushed", "message": "", "http_status": 200}
+    log.append(FlushOutcome(index, 0, flush_answer(intent.request, **facts, host_tiers=tiers)))  # type: ignore[arg-type]
+    return index
+
+
+def test_a_flush_of_the_host_tier_alone_binds_every_node_from_its_intent_on(store: LogStore) -> None:
+    log, _ = take_over(store)
+    index = log.append(_of_tiers("host")).index
+    _, state = take_over(store)
+    assert state.host_drop_of("any") == index
+
+
+def test_a_flush_by_age_binds_the_nodes_that_missed_it_until_the_floor_rises(store: LogStore) -> None:
+    log, _ = take_over(store)
+    aged = [_end(log, _of_tiers("device", "host", older_than_s=5), a="flushed", b="expired") for number in range(40)]
+    newest = _end(log, _of_tiers("device", "host", older_than_s=5), a="expired", b="flushed")
+    _, state = take_over(store)
+    assert state.host_drop_of("a") == state.host_drop_of("unknown") == newest
+    assert state.host_drop_of("b") == aged[-1]
+    assert len(state.aged) == 32
+    log, _ = take_over(store)
+    log.append(make_intent("all", mode="fence"))
+    _, state = take_over(store)
+    assert state.host_drop_of("b") == 0

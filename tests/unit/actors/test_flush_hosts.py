@@ -10,7 +10,7 @@ from actors import flush_events as events
 from actors.flush_request import FlushLimits, parse_flush
 from actors.messages import HostReport
 from configs.errors import InvalidField
-from tests.unit.actors.test_flush_machine import COLLECTED_S, INDEX, Flush, TestNodes
+from tests.unit.actors.test_flush_machine import COLLECTED_S, INDEX, START_S, Flush, TestNodes
 
 LIMITS = FlushLimits(3600.0, 5.0, ("device", "host"))
 HELD = HostReport("ready", num_slots=100, page_bytes=10, committed=40, valid=30)
@@ -75,6 +75,73 @@ def test_a_host_tier_that_does_not_answer_is_no_success() -> None:
     assert [status for _, status, _ in host_rows(begun)] == ["flushed", "unreachable"]
     assert (answer["success"], answer["status"], answer["http_status"]) == (False, "unreachable", 503)
     assert "host tier of node-1" in answer["message"]
+
+
+def test_a_node_that_has_not_been_heard_of_owes_its_word_too() -> None:
+    begun = Flush(0, nodes=TestNodes(), limits=LIMITS, tiers=["host"])
+    begun.stored()
+    assert begun.all(events.TellHost) == [events.TellHost("node-0", None)]
+    assert begun.all(events.StoreOutcome) == []
+    begun.pass_time(COLLECTED_S)
+    assert host_rows(begun) == [("node-0", "unreachable", 0)]
+    assert not begun.outcome.answer["success"]
+
+
+def test_a_node_that_is_heard_of_while_the_flush_runs_is_told() -> None:
+    begun = flush(0, tiers=["host"])
+    begun.nodes.hosts["node-7"] = HELD
+    begun.say(events.NodeChanged("node-7"))
+    begun.say(events.HostFlushed("node-0", 5, 50))
+    assert begun.all(events.StoreOutcome) == []
+    begun.say(events.HostFlushed("node-7", 0, 0))
+    assert host_rows(begun) == [("node-0", "flushed", 5), ("node-7", "flushed", 0)]
+
+
+def test_a_silent_node_counts_when_its_lease_is_over_and_gets_none_before_the_outcome_is_stored() -> None:
+    begun = flush(0, 1, tiers=["host"])
+    begun.say(events.HostFlushed("node-0", 5, 50))
+    begun.say(events.HostFailed("node-1", "the actor died"))
+    assert begun.outcome.answer["status"] == "unreachable"
+    begun = flush(0, 1, tiers=["host"])
+    begun.nodes.over_s["node-1"] = START_S + 0.2
+    begun.say(events.HostFlushed("node-0", 5, 50))
+    begun.pass_time(0.2)
+    assert host_rows(begun) == [("node-0", "flushed", 5), ("node-1", "expired", 0)]
+    assert begun.outcome.answer["success"]
+    assert begun.all(events.Withhold) == [events.Withhold(("node-1",))]
+
+
+def test_a_floor_that_no_agent_has_confirmed_is_waited_for() -> None:
+    begun = flush(0, 1, mode="abort")
+    begun.say(events.FloorSettled("node-0", 28, 280))
+    begun.say(events.FloorSettled("node-1"))
+    begun.answer_of(0, "flushed", epoch=INDEX)
+    begun.answer_of(1, "flushed", epoch=INDEX)
+    assert begun.all(events.StoreOutcome) == []
+    begun.nodes.floors["node-1"] = INDEX  # as its next renewal says
+    begun.say(events.NodeChanged("node-1"))
+    assert [status for _, status, _ in host_rows(begun)] == ["flushed", "flushed"]
+    assert begun.outcome.answer["success"]
+
+
+def test_a_floor_that_is_not_confirmed_by_the_deadline_is_no_success() -> None:
+    begun = flush(0, mode="abort")
+    begun.say(events.FloorSettled("node-0"))
+    begun.answer_of(0, "flushed", epoch=INDEX)
+    begun.pass_time(10.0)
+    answer = begun.outcome.answer
+    assert host_rows(begun) == [("node-0", "unreachable", 0)]
+    assert (answer["success"], answer["floor_raised"]) == (False, True)
+
+
+def test_a_tier_on_a_node_out_of_lease_is_not_called_flushed() -> None:
+    begun = flush(0, 1)
+    begun.nodes.over_s["node-1"] = START_S
+    begun.answer_of(0, "flushed", epoch=INDEX)
+    begun.pass_time(COLLECTED_S)
+    assert begun.statuses == ["flushed", "expired"]
+    assert host_rows(begun) == [("node-0", "flushed", 30), ("node-1", "expired", 0)]
+    assert begun.outcome.answer["success"]
 
 
 def test_a_host_tier_that_says_no_is_no_success() -> None:

@@ -52,7 +52,7 @@ class TestNodes:
     def host(self, node_id: str) -> HostReport | None:
         return self.hosts.get(node_id)
 
-    def host_nodes(self, now_s: float) -> list[str]:
+    def host_nodes(self) -> list[str]:
         return sorted(self.hosts)
 
     def floor_on(self, node_id: str) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from actors.host_messages import HostCaller, HostClaim, HostDropped, HostPlace, HostRefused
 from actors.host_opener import Progress
@@ -18,7 +19,7 @@ from actors.messages import ProcessName
 from cache.control_page import FileIdentity
 from cache.host_reader import HostReader
 from cache.host_writer import HostWriter
-from cache.orphans import inherit
+from cache.orphans import discard, inherit
 from cache.processes import ProcessId
 from cache.shared_file import FileMaker, FilePaths, OwnedFile
 from cache.shared_words import fence_for
@@ -49,7 +50,7 @@ class Node:
             settings,
             StoreSurroundings(
                 str(directory), self.paths.name, self._open, self.processes, self._until_gone, asyncio.to_thread,
-                "here", self.paths.data.exists, self.used.append,
+                "here", self.paths.data.exists, lambda: discard(self.paths, FENCE), self.used.append,
             ),
         )  # fmt: skip
 
@@ -229,12 +230,12 @@ def test_a_flush_of_this_tier_alone_refuses_what_was_leased_before_it(tmp_path: 
     async def scenario() -> None:
         node = Node(tmp_path)
         node.begin()
-        assert await node.store.drop_all() == HostDropped(0, 0)
+        assert await node.store.drop_all(1) == HostDropped(0, 0)
         rank = Rank(node, 11)
         await rank.claim_it()
         await rank.write(KEYS[0])
         await rank.lease(1)
-        assert await node.store.drop_all() == HostDropped(1, PAGE_BYTES)
+        assert await node.store.drop_all(2) == HostDropped(1, PAGE_BYTES)
         assert not rank.finds(KEYS[0])
         assert rank.writer.write(KEYS[1], Epoch(0), 100, np.zeros(PAGE_BYTES, np.uint8))
         assert await node.store.commit(rank.caller, rank.writer.take_commits()) == ["old_drop"]
@@ -257,13 +258,55 @@ def test_an_agent_that_has_not_opened_its_file_again_flushes_nothing(tmp_path: P
         node.store.close()
         second = Node(tmp_path)
         second.begin()
-        assert (await second.store.drop_all()).failure != ""
+        assert (await second.store.drop_all(3)).failure != ""
         # its rank claims again: it is the same file, and warm
         rank.node = second
-        dropping = asyncio.create_task(second.store.drop_all())
+        dropping = asyncio.create_task(second.store.drop_all(3))
         place = await rank.claim_it()
         assert place.nonce == rank.caller.nonce
         assert await dropping == HostDropped(1, PAGE_BYTES)
+        second.store.close()
+
+    run(scenario())
+
+
+def test_a_flush_that_the_tier_has_missed_is_made_up_for(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        node = Node(tmp_path)
+        node.begin()
+        rank = Rank(node, 11)
+        await rank.claim_it()
+        await rank.write(KEYS[0])
+        assert node.store.raise_drop(7, known_drop=0)
+        assert not rank.finds(KEYS[0])
+        # told of the same flush once more it still says what that one made void
+        assert await node.store.drop_all(7) == HostDropped(1, PAGE_BYTES)
+        await rank.write(KEYS[1])
+        assert node.store.raise_drop(7, known_drop=0)
+        assert rank.finds(KEYS[1])
+        node.store.close()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("known_drop", [7, 3])
+def test_a_file_that_nobody_has_opened_again_is_read_no_more_if_it_missed_a_flush(
+    tmp_path: Path, known_drop: int
+) -> None:
+    async def scenario() -> None:
+        node = Node(tmp_path)
+        node.begin()
+        rank = Rank(node, 11)
+        await rank.claim_it()
+        await rank.write(KEYS[0])
+        node.store.close()
+        second = Node(tmp_path, nonce=8)
+        second.begin()
+        assert second.store.raise_drop(7, known_drop)
+        assert rank.finds(KEYS[0]) == (known_drop == 7)
+        rank.node = second
+        place = await rank.claim_it()
+        assert place.nonce == (7 if known_drop == 7 else 8)
         second.store.close()
 
     run(scenario())

@@ -108,7 +108,8 @@ def test_the_lease_is_over_at_its_end():
 
 def test_drop_and_birth_floor_rise():
     _, page = make_page()
-    assert (page.advance_drop(), page.advance_drop()) == (1, 2)
+    page.raise_drop(2)
+    page.raise_drop(1)
     page.raise_birth_floor(50)
     page.raise_birth_floor(40)
     assert page.read() == NodeWords(0, 0, 0, 0, 2, 50)
@@ -117,7 +118,7 @@ def test_drop_and_birth_floor_rise():
 def test_a_reader_cannot_write():
     words = words_at(memoryview(bytes(CONTROL_PAGE_BYTES)), 0, CONTROL_PAGE_BYTES // 8)
     with pytest.raises(ValueError, match="read-only"):
-        ControlPageWriter(words, FENCE).advance_drop()
+        ControlPageWriter(words, FENCE).raise_drop(1)
 
 
 def test_a_machine_with_loose_stores_needs_a_fence(monkeypatch: pytest.MonkeyPatch):
