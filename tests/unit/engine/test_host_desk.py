@@ -367,6 +367,16 @@ def test_after_a_scoped_flush_no_host_page_in_scope_is_found(warm: Warm, scope: 
     assert rank.cached("third") == (0, 20), "what was computed since may be found"
 
 
+def test_loaded_pages_are_as_old_as_when_they_were_computed(warm: Warm) -> None:
+    rank = warm()
+    rank.clock.now_s += 100.0
+    rank.ask("second")
+    assert rank.cached("second") == (0, 20)
+    rank.flush("fence", epoch=0, scope=FlushScope(older_than_s=50.0), sub_epoch=7, tiers=("device", "host"))
+    rank.ask("third")
+    assert rank.cached("third") == (0, 0)
+
+
 def test_a_scoped_flush_leaves_the_rest(warm: Warm) -> None:
     rank = warm()
     scope = FlushScope(namespace="tenant")
