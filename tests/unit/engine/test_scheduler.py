@@ -110,7 +110,11 @@ def test_a_repeated_prompt_computes_what_is_left_after_whole_cached_pages() -> N
     assert last is not None
     assert last.stats is not None
     # 12 tokens are three whole pages, but one token must be computed to sample from
-    assert (last.stats.num_cached_tokens, last.stats.cached_by_tier, last.stats.kv_epoch) == (8, {"device": 8, "host": 0}, 0)
+    assert (last.stats.num_cached_tokens, last.stats.cached_by_tier, last.stats.kv_epoch) == (
+        8,
+        {"device": 8, "host": 0},
+        0,
+    )
 
 
 def test_output_is_cached_too() -> None:
