@@ -65,6 +65,8 @@ class FlushBook:
         #: flush id -> a flush that has no answer yet. The last one has the slot; those before it give way to it, or
         #: are left over from an earlier controller
         self._live: dict[str, FlushRequest] = {}
+        #: left over from an earlier controller, of one id with a newer one: what becomes of them nobody asks
+        self._outlived: list[FlushRequest] = []
         #: flush id -> its end, oldest first
         self._ended: dict[str, _Ended] = {}
 
@@ -94,11 +96,17 @@ class FlushBook:
         return Begin(None if rival is None else rival.flush_id)
 
     def take(self, request: FlushRequest) -> None:
-        """A flush that an earlier controller began has the slot until it has ended."""
+        """A flush that an earlier controller began has the slot until it has ended. Two can have one id, if the intent
+        of the first was thought lost and its caller has tried again: the newer one answers for the id."""
+        older = self._live.pop(request.flush_id, None)
+        if older is not None:
+            self._outlived.append(older)
         self._live[request.flush_id] = request
 
     def end(self, request: FlushRequest, answer: Answer, now_s: float) -> None:
         """A flush has its answer. Called again, it replaces the answer (a store that answered late)."""
+        if any(other is request for other in self._outlived):
+            return
         self._ended.pop(request.flush_id, None)
         self._ended[request.flush_id] = _Ended(request, answer, now_s)
         self.drop(request)

@@ -31,7 +31,7 @@ from actors.flush_plan import FlushPlan
 from actors.flush_recovery import ask_what_became, interrupted_rows
 from actors.flush_request import FlushLimits, FlushRequest, parse_flush, refusal
 from actors.flush_run import Answer, FlushRun, flush_answer
-from actors.log_keeper import LogKeeper, Stored
+from actors.log_keeper import LogKeeper, Stored, Unstored
 from actors.log_records import FlushIntent, FlushOutcome
 from actors.messages import RankRecord
 from actors.metrics import ControlMetrics
@@ -77,12 +77,12 @@ class FlushDesk:
         self._audit = audit
         self._tools = FlushTools(roster, nodes, log, clock)
         self._book = FlushBook()
-        #: flush id -> what carries it out, until it has its answer
-        self._flights: dict[str, FlushFlight] = {}
+        #: what carries flushes out, each until it has its answer, in order; of one id are only those of a restart
+        self._flights: dict[FlushFlight, None] = {}
         #: flush id -> the flush that gives way to it
         self._yielding: dict[str, str] = {}
-        #: flush id -> the end of a flush that an earlier controller began and that is closed by asking the ranks
-        self._closing: dict[str, asyncio.Task[Answer]] = {}
+        #: flush id, index -> end of a flush that an earlier controller began and that is closed by asking the ranks
+        self._closing: dict[tuple[str, int], asyncio.Task[Answer]] = {}
         self._flushed_s: float | None = None
         self._num_dry_runs = 0
         #: answered, but not yet counted
@@ -112,11 +112,12 @@ class FlushDesk:
 
     async def cancel(self, flush_id: str, caller: str) -> Answer:
         """End a flush that has not begun; see actors.controller.ControllerActor.cancel_flush."""
-        flight = self._flights.get(flush_id)
+        flight = self._flight_of(flush_id)
         if flight is None and self.read(flush_id) is None:
             answer = refusal(UnknownResource(f"no flush {flush_id!r} is known", "flush_id"))
         elif flight is None or not flight.machine.can_cancel:
-            has = "has ended" if flight is None else "has begun and cannot be taken back"
+            is_closed = flight is None and self._closing_of(flush_id) is None
+            has = "has ended" if is_closed else "has begun and cannot be taken back"
             answer = refusal(Conflict(f"flush {flush_id!r} {has}", "flush_id"))
         else:
             flight.handle(CancelAsked())
@@ -173,7 +174,7 @@ class FlushDesk:
     def close(self) -> None:
         """Carry nothing on."""
         self.count_ended()
-        for flight in self._flights.values():
+        for flight in self._flights:
             flight.close()
         for closing in self._closing.values():
             closing.cancel()
@@ -183,13 +184,13 @@ class FlushDesk:
     def begun(self, flight: FlushFlight) -> None:
         """Its ranks are being told: whoever gives way to it has nothing more to hope for."""
         self._metrics.epoch(self._log.state.epoch)
-        yielding = self._flights.get(self._yielding.get(flight.request.flush_id, ""))
+        yielding = self._flight_of(self._yielding.get(flight.request.flush_id, ""))
         if yielding is not None:
             yielding.handle(Superseded(flight.request.flush_id))
 
     def given(self, flight: FlushFlight, answer: Answer, is_remembered: bool) -> None:
         flush_id = flight.request.flush_id
-        self._flights.pop(flush_id, None)
+        self._flights.pop(flight, None)
         if is_remembered:
             self._book.end(flight.request, answer, self._clock.now_s())
         else:
@@ -198,14 +199,23 @@ class FlushDesk:
         # Ray's counters take 20 us each and the audit log its time: the caller's answer goes first.
         self._uncounted.append((flight.request, answer))
         asyncio.get_running_loop().call_later(_COUNT_AFTER_S, self.count_ended)
-        yielding = self._flights.get(self._yielding.pop(flush_id, ""))
+        yielding = self._flight_of(self._yielding.pop(flush_id, ""))
         if yielding is not None and yielding.machine.run.superseded_by == flush_id:
             yielding.handle(SupersederEnded())
 
     def cut_short(self, flight: FlushFlight) -> Answer:
-        # Nobody is told of a success that counts on them.
-        self._nodes.book.leases.release(flight.machine.withheld)
-        return self._failed(flight.request, flight.machine.run.is_floor_raised)
+        machine = flight.machine
+        answer = self._failed(flight.request, machine.run.is_floor_raised) | {"epoch": machine.run.epoch}
+        if machine.run.index > 0:
+            floor = machine.run.epoch if machine.run.is_floor_raised else 0
+            closing = self._log.append(FlushOutcome(machine.run.index, floor, answer))
+            closing.add_done_callback(lambda done: self._cut_short_stored(machine.withheld, done))
+        return answer
+
+    def _cut_short_stored(self, withheld: tuple[str, ...], done: asyncio.Future[Stored | Unstored]) -> None:
+        """Now no success can come into the log any more that counts on these nodes."""
+        if not done.cancelled() and done.exception() is None and isinstance(done.result(), Stored):
+            self._nodes.book.leases.release(withheld)
 
     def amended(self, flight: FlushFlight, answer: Answer) -> None:
         self._book.end(flight.request, answer, self._clock.now_s())
@@ -233,8 +243,17 @@ class FlushDesk:
 
     def _flight(self, plan: FlushPlan, run: FlushRun) -> FlushFlight:
         machine = FlushMachine(plan, run, self._nodes.book, self._untouched(plan.request))
-        flight = self._flights[plan.request.flush_id] = FlushFlight(machine, self._tools, self)
+        flight = FlushFlight(machine, self._tools, self)
+        self._flights[flight] = None
         return flight
+
+    def _flight_of(self, flush_id: str) -> FlushFlight | None:
+        return next((flight for flight in reversed(self._flights) if flight.request.flush_id == flush_id), None)
+
+    def _closing_of(self, flush_id: str) -> asyncio.Task[Answer] | None:
+        """The newest of this id: it is the one that has the id."""
+        index = max((index for known_id, index in self._closing if known_id == flush_id), default=0)
+        return self._closing.get((flush_id, index))
 
     def _failed(self, request: FlushRequest, floor_raised: bool = False) -> Answer:
         return flush_answer(
@@ -244,14 +263,15 @@ class FlushDesk:
         )  # fmt: skip
 
     def _may_yield(self, flush_id: str) -> bool:
-        flight = self._flights.get(flush_id)
+        flight = self._flight_of(flush_id)
         return flight is not None and flight.machine.can_give_way
 
     async def _joined(self, request: FlushRequest, received_s: float) -> Answer:
         """The answer of the flush that is under way. Closing one of an earlier controller may take longer than this
         caller waits."""
-        closing = self._closing.get(request.flush_id)
-        ending = closing if closing is not None else self._flights[request.flush_id].answered
+        flight = self._flight_of(request.flush_id)
+        ending = flight.answered if flight is not None else self._closing_of(request.flush_id)
+        assert ending is not None, "a flush that is under way has somebody who ends it"
         plan = FlushPlan.of(request, self._limits, received_s, self._slack_s)
         await asyncio.wait({ending}, timeout=plan.answer_until_s - received_s)
         return ending.result() if ending.done() else self._unknown_yet(request)
@@ -284,7 +304,7 @@ class FlushDesk:
         return answer | {"pending_flush_id": refused.other_id}
 
     def _tell_all(self, event: Event) -> None:
-        for flight in list(self._flights.values()):
+        for flight in list(self._flights):
             flight.handle(event)
 
     def _advance(self, answer: Answer) -> None:
@@ -318,9 +338,9 @@ class FlushDesk:
         self._audit.note({"call": call, "at": self._clock.wall_text(), "caller": caller} | dict(facts))
 
     def _under_way(self, flush_id: str) -> dict[str, Any] | None:
-        flight = self._flights.get(flush_id)
+        flight = self._flight_of(flush_id)
         if flight is None:
-            return {"flush_id": flush_id, "status": "pending"} if flush_id in self._closing else None
+            return None if self._closing_of(flush_id) is None else {"flush_id": flush_id, "status": "pending"}
         request, run = flight.request, flight.machine.run
         return {
             "flush_id": flush_id, "status": "pending", "mode": request.mode, "timeout_s": request.timeout_s,
@@ -346,7 +366,7 @@ class FlushDesk:
         """
         for index, intent in sorted(self._log.state.open_flushes.items()):
             self._book.take(intent.request)
-            plan = FlushPlan.of(intent.request, self._limits, self._clock.now_s(), self._slack_s)
+            plan = self._plan_again(index, intent)
             run = FlushRun(intent.request, intent.started_at, self._clock.now_s())
             run.epoch = index if plan.takes_epoch else 0
             interrupted_rows(run, index, intent, self._log.state, self._roster)
@@ -356,7 +376,17 @@ class FlushDesk:
             run.sub_epoch = index if plan.takes_sub_epoch else 0
             run.takes_epoch = plan.takes_epoch
             closing = asyncio.create_task(self._close_one(index, intent, run), name=f"close-{intent.request.flush_id}")
-            self._closing[intent.request.flush_id] = closing
+            self._closing[intent.request.flush_id, index] = closing
+
+    def _plan_again(self, index: int, intent: FlushIntent) -> FlushPlan:
+        """Of a flush that is finished now. Answers are waited for as long as at first; but who ends or takes back
+        requests does it by the deadline of its caller, if the clock that it began by is still the same."""
+        plan = FlushPlan.of(intent.request, self._limits, self._clock.now_s(), self._slack_s)
+        boot_id, begun_s = self._log.state.open_since.get(index, ("", 0.0))
+        if intent.request.mode == "fence" or boot_id != self._clock.boot_id:
+            return plan
+        first = FlushPlan.of(intent.request, self._limits, begun_s, self._slack_s)
+        return replace(plan, deadline_s=first.deadline_s, valid_until_s=first.valid_until_s)
 
     async def _close_one(self, index: int, intent: FlushIntent, run: FlushRun) -> Answer:
         """The answer, even if a fault of ours cuts it short: what follows is not refused because of it."""
@@ -366,7 +396,7 @@ class FlushDesk:
             log.exception("flush %s could not be closed", intent.request.flush_id)
             return self._failed(intent.request)
         finally:
-            self._closing.pop(intent.request.flush_id, None)
+            self._closing.pop((intent.request.flush_id, index), None)
             self._book.drop(intent.request)
 
     async def _ask_and_store(self, index: int, intent: FlushIntent, run: FlushRun) -> Answer:

@@ -71,6 +71,8 @@ class EndedFlush:
     answer: dict[str, Any]
     boot_id: str
     boot_s: float
+    #: of its intent
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,8 @@ class LogState:
     past: dict[str, RankRecord] = field(default_factory=dict)
     #: index -> flush that was begun and has no outcome
     open_flushes: dict[int, FlushIntent] = field(default_factory=dict)
+    #: index of an open flush -> boot and boot time of its controller's machine when its intent was written
+    open_since: dict[int, tuple[str, float]] = field(default_factory=dict)
     #: flush id -> newest ended flush of that id, oldest first, bounded
     ended: dict[str, EndedFlush] = field(default_factory=dict)
     #: of scoped flushes, oldest first, bounded; those not above the floor are no longer needed
@@ -138,6 +142,7 @@ class LogState:
                 self._leave(incarnation)
             case FlushIntent() as intent:
                 self._begin(index, intent)
+                self.open_since[index] = (entry.boot_id, entry.boot_s)
             case FlushOutcome() as outcome:
                 self._end(outcome, entry)
             case Checkpoint() | Probe():
@@ -157,6 +162,7 @@ class LogState:
             joined_at=dict(self.joined_at),
             past=dict(self.past),
             open_flushes=dict(self.open_flushes),
+            open_since=dict(self.open_since),
             ended=dict(self.ended),
             sub_epochs=list(self.sub_epochs),
             aged=list(self.aged),
@@ -194,16 +200,22 @@ class LogState:
         if outcome.answer["success"]:
             self.promised = max(self.promised, outcome.floor)
         intent = self.open_flushes.pop(outcome.intent, None)
+        self.open_since.pop(outcome.intent, None)
         if intent is not None:
             if outcome.answer["success"] and intent.request.drops_host_by_age:
                 self._add_aged(outcome)
-            self.ended.pop(intent.request.flush_id, None)
-            ended = EndedFlush(intent.request, outcome.answer, entry.boot_id, entry.boot_s)
-            self.ended[intent.request.flush_id] = ended
+            self._remember(EndedFlush(intent.request, outcome.answer, entry.boot_id, entry.boot_s, outcome.intent))
         if len(self.ended) > _MAX_ENDED:
             del self.ended[next(iter(self.ended))]
         if not self.open_flushes:
             self.past.clear()
+
+    def _remember(self, flush: EndedFlush) -> None:
+        """Of two with one id the newer one, whichever ended last."""
+        known = self.ended.get(flush.request.flush_id)
+        if known is None or known.index < flush.index:
+            self.ended.pop(flush.request.flush_id, None)
+            self.ended[flush.request.flush_id] = flush
 
     def _raise_floor(self, floor: int) -> None:
         self.floor = max(self.floor, floor)

@@ -9,11 +9,12 @@ import pytest
 
 from actors.clock import BootClock
 from actors.control_log import ControlLog
+from actors.flush_run import flush_answer
 from actors.log_records import FlushIntent, FlushOutcome, RankJoined
 from actors.log_stores import MemoryStore
 from configs.errors import ControlUnavailable
 from engine.flush import FlushVerdict
-from tests.unit.actors.fakes import FakeRank, make_request, rank_record
+from tests.unit.actors.fakes import FakeRank, SetClock, make_request, rank_record
 from tests.unit.actors.planes import (
     Failing,
     add,
@@ -23,6 +24,7 @@ from tests.unit.actors.planes import (
     ranks,
     run,
     statuses,
+    until,
 )
 
 
@@ -198,6 +200,82 @@ def test_of_two_interrupted_flushes_one_that_cannot_be_ended_blocks_nothing() ->
             assert second["success"]
             assert [flush_id for flush_id, *_ in fleet[0].closed] == ["first", "second"]
             assert (await plane.flush())["success"]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("mode", ["wait", "fence"])
+def test_two_interrupted_flushes_of_one_id_are_both_ended_and_the_newer_one_has_the_id(mode: str) -> None:
+    """The first intent was thought lost, its caller tried again under the same id, and the controller died."""
+
+    async def scenario() -> None:
+        store = MemoryStore()
+        fleet = ranks(1)
+        log = ControlLog(store, BootClock())
+        log.take_over("controller-actor", "cluster")
+        log.append(RankJoined(fleet[0].record))
+        members = (fleet[0].record.incarnation,)
+        older, newer = (
+            log.append(FlushIntent(make_request("twice", mode=mode, timeout_s=5), True, members, "then")).index
+            for _ in range(2)
+        )
+        goes_on = asyncio.Event()
+
+        async def close(flush_id: str, index: int, term: int) -> FlushVerdict:
+            if index == newer:
+                await goes_on.wait()
+            return FlushVerdict(flush_id, "flushed" if index == newer else "refused", epoch=index)
+
+        fleet[0].do_close_flush = close
+        async with control_plane(store, known=fleet) as plane:
+            await until(lambda: older not in plane._log.state.open_flushes)
+            goes_on.set()
+            answer = await plane.flush(flush_id="twice", mode=mode, timeout_s=5)
+            await until(lambda: not plane._log.state.open_flushes)
+            assert (answer["success"], answer["replayed"], answer["epoch"]) == (True, True, newer)
+            assert plane._log.state.ended["twice"].answer["epoch"] == newer
+            assert plane._desk.read("twice") == answer | {"replayed": False, "late": []}
+
+    run(scenario())
+
+
+def test_the_answer_of_the_newer_flush_of_an_id_stays_whichever_ends_last() -> None:
+    store = MemoryStore()
+    log = ControlLog(store, BootClock())
+    state = log.take_over("controller-actor", "cluster").state
+    older, newer = (log.append(FlushIntent(make_request("twice"), True, (), "then")).index for _ in range(2))
+    for index in (newer, older):
+        answer = flush_answer(
+            make_request("twice"), success=index == newer, status="flushed", message="", http_status=200
+        )
+        log.append(FlushOutcome(index, 0, answer))
+    state = ControlLog(store, BootClock()).take_over("controller-actor", "cluster").state
+    assert (state.ended["twice"].index, state.ended["twice"].answer["success"]) == (newer, True)
+    assert (state.open_flushes, state.open_since) == ({}, {})
+
+
+@pytest.mark.parametrize("mode", ["fence", "retract", "abort"])
+def test_a_flush_that_is_finished_forward_ends_no_requests_after_its_callers_deadline(mode: str) -> None:
+    async def scenario() -> None:
+        store, clock = MemoryStore(), SetClock()
+        fleet = ranks(1)
+        log = ControlLog(store, clock)
+        log.take_over("controller-actor", "cluster")
+        log.append(RankJoined(fleet[0].record))
+        request = make_request("late", mode=mode, timeout_s=10)
+        index = log.append(FlushIntent(request, True, (fleet[0].record.incarnation,), "then")).index
+        begun_s = clock.now_s()
+        clock.time_s += 60
+        async with control_plane(store, known=fleet, clock=clock, answer_slack_s=0.5) as plane:
+            await fleet[0].has_command.wait()
+            (command,) = fleet[0].commands
+            assert command.index == index
+            if mode == "fence":
+                assert command.valid_until_s >= clock.now_s()
+            else:
+                assert command.valid_until_s <= begun_s + 10 + 0.5
+                assert command.budget_s == 0
+            assert plane._log.state.floor == index
 
     run(scenario())
 
