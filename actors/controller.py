@@ -111,7 +111,7 @@ class ControllerActor:
         timeout_s: seconds to wait for an idle instant, 0: now or refuse. For retract, abort and fence a value below
         the step grace (5 s) counts as that; a fence answers as soon as the floor is on every node's page.
         mode: wait, drain, retract, abort, fence. tiers: names, None: all there are.
-        scope: exactly one of namespace, adapter, prefix_tokens, older_than_s.
+        scope: exactly one of namespace, prefix_tokens, older_than_s.
         flush_id: a repeat with the same arguments joins or re-reads the first one for an hour.
         unknown: names that are none of these; such a flush is refused.
 

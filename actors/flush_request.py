@@ -15,12 +15,15 @@ from typing import cast
 from configs.errors import InvalidField, RequestError, TidegateError
 from engine.flush import FLUSH_MODES, STEP_MODES, FlushMode, FlushScope
 
-SCOPE_KEYS = ("namespace", "adapter", "prefix_tokens", "older_than_s")
+SCOPE_KEYS = ("namespace", "prefix_tokens", "older_than_s")
 
 _FLUSH_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _MAX_TEXT = 256
 _MAX_AGE_S = 10 * 365 * 86400.0
 _MAX_TOKEN_ID = 2**31 - 1
+#: a flush of a prefix covers its first page, and no page is longer (configs: engine.page_size). What is behind it is
+#: neither needed nor kept: the log holds many flushes
+_MAX_PAGE_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +188,7 @@ def _scope(value: object, max_len: int | None) -> FlushScope:
         case "namespace":
             return FlushScope(namespace=text(content, param))
         case "adapter":
-            return FlushScope(adapter=text(content, param))
+            raise InvalidField("no adapter is served here, so nothing is cached for one", param)
         case "older_than_s":
             return FlushScope(older_than_s=seconds(content, param, _MAX_AGE_S))
         case "prefix_tokens":
@@ -195,7 +198,7 @@ def _scope(value: object, max_len: int | None) -> FlushScope:
 
 
 def _token_bytes(value: object, param: str, max_len: int | None) -> bytes:
-    """Token ids as little-endian int32 bytes, the form in which the index keeps them."""
+    """The first token ids as little-endian int32 bytes, the form in which the index keeps them."""
     if isinstance(value, str) or not isinstance(value, Sequence) or not value:
         raise InvalidField(f"{param} must be a list of token ids, got {_shown(value)}", param)
     if max_len is not None and len(value) > max_len:
@@ -203,7 +206,8 @@ def _token_bytes(value: object, param: str, max_len: int | None) -> bytes:
     for token in value:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token <= _MAX_TOKEN_ID:
             raise InvalidField(f"{param} must hold token ids, got {_shown(token)}", param)
-    return struct.pack(f"<{len(value)}i", *value)
+    first = value[:_MAX_PAGE_TOKENS]
+    return struct.pack(f"<{len(first)}i", *first)
 
 
 def _shown(value: object) -> str:

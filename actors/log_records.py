@@ -13,7 +13,8 @@ import msgspec
 
 from actors.flush_request import FlushRequest
 from actors.messages import RankRecord, SubEpoch
-from engine.flush import STEP_MODES
+from cache.types import TOKEN_BYTES
+from engine.flush import STEP_MODES, FlushScope
 
 
 class TakeOver(msgspec.Struct, frozen=True, tag="take_over"):
@@ -83,8 +84,11 @@ class AgedFlush:
     node_ids: frozenset[str]
 
 
+#: verdicts after which a rank keeps what it has; one that is gone has nothing
+_UNTOUCHED = frozenset({"timed_out", "refused", "busy", "expired_command", "superseded", "gone"})
 _MAX_AGED = 32
-# 4096 sub-epochs are about 400 kB of a checkpoint; keys of the host tier look theirs up by scope.
+# 4096 sub-epochs are about 0.6 MB of a checkpoint with pages of 16 tokens; keys of the host tier look theirs up by
+# scope.
 _MAX_SUB_EPOCHS = 4096
 # 512 answers of 8 ranks are about 1 MB of a checkpoint; the controller's memory holds more of them.
 _MAX_ENDED = 512
@@ -193,10 +197,11 @@ class LogState:
         elif intent.request.drops_host_alone:
             self.host_drop = index
         elif intent.request.scope is not None:
-            self._add_sub_epoch(SubEpoch(intent.request.scope, index))
+            self._add_sub_epoch(intent.request.scope, index)
 
     def _end(self, outcome: FlushOutcome, entry: Entry) -> None:
         self._raise_floor(outcome.floor)
+        self._settle_sub_epoch(outcome)
         if outcome.answer["success"]:
             self.promised = max(self.promised, outcome.floor)
         intent = self.open_flushes.pop(outcome.intent, None)
@@ -229,13 +234,30 @@ class LogState:
             first, second, *rest = self.aged
             self.aged = [AgedFlush(second.index, first.node_ids & second.node_ids), *rest]
 
-    def _add_sub_epoch(self, newest: SubEpoch) -> None:
-        others = [sub_epoch for sub_epoch in self.sub_epochs if sub_epoch.scope != newest.scope]
-        if len(others) >= _MAX_SUB_EPOCHS:
+    def _add_sub_epoch(self, scope: FlushScope, index: int) -> None:
+        """Kept from the intent on: a rank that registers meanwhile keeps to it. An age is no part of a key."""
+        if scope.older_than_s is not None:
+            return
+        if scope.prefix_tokens is not None:
+            page_size = max((rank.page_size for rank in self.members.values()), default=len(scope.prefix_tokens))
+            scope = FlushScope(prefix_tokens=scope.prefix_tokens[: page_size * TOKEN_BYTES])
+        if len(self.sub_epochs) >= _MAX_SUB_EPOCHS:
             # One that covers everything stands for the older half: more is dropped than was asked for, never less.
-            older, others = others[: _MAX_SUB_EPOCHS // 2], others[_MAX_SUB_EPOCHS // 2 :]
-            others = [SubEpoch(None, older[-1].index), *others]
-        self.sub_epochs = [*others, newest]
+            older, younger = self.sub_epochs[: _MAX_SUB_EPOCHS // 2], self.sub_epochs[_MAX_SUB_EPOCHS // 2 :]
+            self.sub_epochs = [SubEpoch(None, older[-1].index), *younger]
+        self.sub_epochs = [*self.sub_epochs, SubEpoch(scope, index)]
+
+    def _settle_sub_epoch(self, outcome: FlushOutcome) -> None:
+        """One that some rank may have carried out stands for the earlier ones of its scope; else it goes, and they
+        stay."""
+        index = outcome.intent
+        ended = next((sub_epoch for sub_epoch in self.sub_epochs if sub_epoch.index == index), None)
+        if ended is None:
+            return
+        if all(row["status"] in _UNTOUCHED for row in outcome.answer["ranks"]):
+            self.sub_epochs.remove(ended)
+        else:
+            self.sub_epochs = [one for one in self.sub_epochs if one.scope != ended.scope or one.index >= index]
 
 
 class Probe(msgspec.Struct, frozen=True, tag="probe"):

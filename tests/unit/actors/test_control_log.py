@@ -233,7 +233,7 @@ def _end(log: ControlLog, intent: FlushIntent, **rows: str) -> int:
     index = log.append(intent).index
     tiers = [{"node": node, "status": status} for node, status in rows.items()]
     facts = {"success": True, "status": "flushed", "message": "", "http_status": 200}
-    log.append(FlushOutcome(index, 0, flush_answer(intent.request, **facts, host_tiers=tiers)))  # type: ignore[arg-type]
+    log.append(FlushOutcome(index, 0, flush_answer(intent.request, **facts, host_tiers=tiers)))
     return index
 
 
@@ -256,3 +256,51 @@ def test_a_flush_by_age_binds_the_nodes_that_missed_it_until_the_floor_rises(sto
     log.append(make_intent("all", mode="fence"))
     _, state = take_over(store)
     assert state.host_drop_of("b") == 0
+
+
+def _scoped(log: ControlLog, status: str, **scope: object) -> int:
+    """Store a scoped flush about which one rank says `status`. The intent's index."""
+    intent = _of_tiers("device", "host", **scope)
+    index = log.append(intent).index
+    answer = flush_answer(
+        intent.request, success=status == "flushed", status=status, message="", http_status=200,
+        ranks=[{"status": status}],
+    )  # fmt: skip
+    log.append(FlushOutcome(index, 0, answer))
+    return index
+
+
+@pytest.mark.parametrize("status", ["refused", "timed_out", "busy", "expired_command", "gone"])
+def test_a_scope_that_no_rank_has_flushed_leaves_the_earlier_one_as_it_was(store: LogStore, status: str) -> None:
+    log, _ = take_over(store)
+    first = _scoped(log, "flushed", namespace="a")
+    _scoped(log, status, namespace="a")
+    _scoped(log, status, namespace="b")
+    _, state = take_over(store)
+    assert state.sub_epochs == [SubEpoch(FlushScope(namespace="a"), first)]
+
+
+@pytest.mark.parametrize("status", ["flushed", "unreachable", "joined"])
+def test_a_scope_that_some_rank_may_have_flushed_stands_for_the_earlier_one(store: LogStore, status: str) -> None:
+    log, _ = take_over(store)
+    _scoped(log, "flushed", namespace="a")
+    second = _scoped(log, status, namespace="a")
+    _, state = take_over(store)
+    assert state.sub_epochs == [SubEpoch(FlushScope(namespace="a"), second)]
+
+
+def test_an_age_is_no_part_of_a_key(store: LogStore) -> None:
+    log, _ = take_over(store)
+    _scoped(log, "flushed", older_than_s=5)
+    _, state = take_over(store)
+    assert state.sub_epochs == []
+
+
+def test_a_checkpoint_has_the_first_page_of_a_prefix(store: LogStore) -> None:
+    log, _ = take_over(store)
+    log.append(RankJoined(rank_record(0, page_size=4)))
+    _scoped(log, "flushed", prefix_tokens=list(range(100)))
+    _, state = take_over(store)
+    assert [sub_epoch.scope for sub_epoch in state.sub_epochs] == [
+        FlushScope(prefix_tokens=b"".join(number.to_bytes(4, "little") for number in range(4)))
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import replace
 
 import pytest
@@ -73,6 +74,7 @@ def test_every_finite_timeout_in_range_is_taken_as_it_is(timeout: float) -> None
         ({"scope": {}}, "scope"),
         ({"scope": {"namespace": "a", "adapter": "b"}}, "scope"),
         ({"scope": {"shape": "a"}}, "scope.shape"),
+        ({"scope": {"adapter": "a"}}, "scope.adapter"),
         ({"scope": {"namespace": ""}}, "scope.namespace"),
         ({"scope": {"namespace": "a\nb"}}, "scope.namespace"),
         ({"scope": {"older_than_s": math.inf}}, "scope.older_than_s"),
@@ -138,3 +140,9 @@ def test_no_prefix_is_longer_than_the_context() -> None:
     with pytest.raises(InvalidField, match="9 tokens, more than the context of the model, 8") as caught:
         parse_flush({"scope": {"prefix_tokens": [1] * 9}}, limits, lambda: "drawn")
     assert caught.value.param == "scope.prefix_tokens"
+
+
+def test_of_a_long_prefix_no_more_is_kept_than_the_longest_page_has() -> None:
+    scope = parse(scope={"prefix_tokens": list(range(32768))}).scope
+    assert scope is not None
+    assert scope.prefix_tokens == struct.pack("<1024i", *range(1024))

@@ -29,7 +29,7 @@ def test_a_checkpoint_says_what_the_records_before_it_said() -> None:
     for record in (
         RankJoined(rank_record(0, tcp_key="key")),
         FlushIntent(ended, False, ("incarnation-0",), "then"),
-        FlushOutcome(3, 0, {"success": True, "status": "flushed"}),
+        FlushOutcome(3, 0, {"success": True, "status": "flushed", "ranks": [{"status": "flushed"}]}),
         FlushIntent(make_request("open", mode="fence"), True, ("incarnation-0",), "then"),
         RankJoined(rank_record(1)),
         RankLeft("incarnation-0"),
