@@ -42,6 +42,13 @@ class ControlMetrics:
         self._verdicts = Counter(
             "tidegate_flush_rank_verdicts", "Verdicts of single ranks about flushes.", tag_keys=("mode", "verdict")
         )
+        self._host_verdicts = Counter(
+            "tidegate_flush_host_verdicts", "What single host tiers did about flushes.", tag_keys=("mode", "verdict")
+        )
+        self._host_pages = Counter(
+            "tidegate_flush_freed_host_pages", "Host pages that flushes have made void.", tag_keys=("node",)
+        )
+        self._host_bytes = Counter("tidegate_flush_freed_host_bytes", "Bytes of these pages.", tag_keys=("node",))
         self._epoch = Gauge("tidegate_epoch", "Newest epoch allotted by the controller.")
         self._floor = Gauge("tidegate_floor", "Lowest epoch whose KV may still be used.")
         self._nodes = Gauge("tidegate_nodes", "Nodes with ranks by what the controller grants.", tag_keys=("state",))
@@ -54,9 +61,13 @@ class ControlMetrics:
         tags = {"mode": answer["mode"], "outcome": "dry_run" if is_counted_only else answer["status"]}
         self._flushes.inc(1, tags)
         self._wait.observe(answer["took_ms"] / 1000, tags)
-        for row in answer["ranks"]:
-            verdict = "dry_run" if answer["dry_run"] and row["status"] == "flushed" else row["status"]
-            self._verdicts.inc(1, {"mode": answer["mode"], "verdict": verdict})
+        for rows, verdicts in ((answer["ranks"], self._verdicts), (answer["host_tiers"], self._host_verdicts)):
+            for row in rows:
+                verdict = "dry_run" if answer["dry_run"] and row["status"] == "flushed" else row["status"]
+                verdicts.inc(1, {"mode": answer["mode"], "verdict": verdict})
+        for row in () if answer["dry_run"] else answer["host_tiers"]:
+            self._host_pages._record(row["freed_pages"], tags={"node": row["node"]})
+            self._host_bytes._record(row["freed_bytes"], tags={"node": row["node"]})
 
     def epoch(self, epoch: int) -> None:
         self._epoch.set(epoch)
@@ -178,7 +189,7 @@ class RankMetrics:
         self._queue_wait = _histogram("tidegate_queue_wait_seconds", "Arrival at the rank to first admission.")
         self._flushes = _counter("tidegate_rank_flushes", "Flushes that ended on this rank.", "mode", "verdict")
         self._flush_wait = _histogram("tidegate_rank_flush_wait_seconds", "Arrival of a flush to its verdict.", "mode")
-        self._freed_pages = _counter("tidegate_flush_freed_pages", "KV pages that flushes have freed.", "tier")
+        self._freed_pages = _counter("tidegate_flush_freed_pages", "Device pages that flushes have freed.", "tier")
         self._freed_bytes = _counter("tidegate_flush_freed_bytes", "Bytes of these pages.", "tier")
         self._running = _gauge("tidegate_running_requests", "Admitted requests, half-prefilled ones included.")
         self._queued = _gauge("tidegate_queued_requests", "Requests that wait for admission.")

@@ -146,6 +146,7 @@ def test_an_api_replica_reports_what_is_new(exported: Exported) -> None:
 
 def test_a_dry_run_is_not_counted_as_a_flush(exported: Exported) -> None:
     answer = {"mode": "wait", "status": "flushed", "success": True, "took_ms": 5, "ranks": [{"status": "flushed"}]}
+    answer["host_tiers"] = [{"node": "n", "status": "flushed", "freed_pages": 3, "freed_bytes": 300}]
     metrics = ControlMetrics()
     metrics.flush_ended(answer | {"dry_run": True})
     metrics.flush_ended(answer | {"dry_run": False})
@@ -156,6 +157,9 @@ def test_a_dry_run_is_not_counted_as_a_flush(exported: Exported) -> None:
     for outcome in ("dry_run", "flushed"):
         assert counted("tidegate_flushes", outcome=outcome) == [1]
         assert counted("tidegate_flush_rank_verdicts", verdict=outcome) == [1]
+        assert counted("tidegate_flush_host_verdicts", verdict=outcome) == [1]
+    assert exported.values["tidegate_flush_freed_host_pages", frozenset({("node", "n")})] == [3]
+    assert exported.values["tidegate_flush_freed_host_bytes", frozenset({("node", "n")})] == [300]
 
 
 def test_the_host_tier_of_a_rank_by_reason_and_direction(exported: Exported) -> None:
