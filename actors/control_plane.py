@@ -51,6 +51,8 @@ _MAX_NOTED = 512
 #: a node's first rank waits for its agent: a process that starts in 1 to 2 s
 _NODE_TIMEOUT_S = 30.0
 _HELLO_TIMEOUT_S = 1.0
+#: of the controller that has begun the log
+FIRST_TERM = 1
 #: for answers to leave before the process of a superseded controller ends
 _LAST_WORDS_S = 1.0
 
@@ -92,6 +94,8 @@ class ControlPlane:
         state = self._log.state
         self._leases = LeaseBook(settings.lease_s, state.longest_lease_s, around.clock.now_s())
         self._leases.log_checked(checked_s)
+        if state.term == FIRST_TERM and await around.has_elders():
+            await self._outlast_leases()
         nodes = NodeBook(self._leases, around.node_id, around.clock.boot_id, around.is_one_machine)
         self._nodes = Nodes(nodes, state, around.clock, around.ensure_agent, self._node_changed, self._check_soon)
         book = MembershipBook(state.term, state.epoch, state.promised)
@@ -296,6 +300,13 @@ class ControlPlane:
 
     def _log_checked(self, begun_s: float) -> None:
         self._leases.log_checked(begun_s)
+
+    async def _outlast_leases(self) -> None:
+        """The log was lost while ranks live: it names none of them, so a success would say nothing of those that still
+        have a lease and do not register in time. Nothing is answered before no lease can run any more."""
+        left_s = self._leases.earlier_over_s - self._around.clock.now_s()
+        log.error("the control log was lost: this controller waits %.1f s for the end of all earlier leases", left_s)
+        await pause(left_s)
 
     def _check_soon(self) -> None:
         """Somebody obeys a higher term: the log will say whose."""

@@ -18,7 +18,7 @@ from actors.apart import apart
 from actors.clock import BootClock, Clock
 from actors.control_log import ControlLog
 from actors.control_plane import ControlPlane
-from actors.detached import find_actor, get_or_create
+from actors.detached import find_actor, get_or_create, is_there_any
 from actors.end_proofs import LocalEnd, process_name
 from actors.log_stores import DirectoryStore, GcsStore, LogStore, boot_directory
 from actors.log_thread import LogThread
@@ -70,6 +70,7 @@ class ControllerActor:
             find_handle=lambda record: asyncio.to_thread(find_actor, record.actor_name),
             find_process=lambda record: LocalEnd.of(process_name(record)),
             ensure_agent=lambda node_id: asyncio.to_thread(make_agent, node_id),
+            has_elders=lambda: asyncio.to_thread(is_there_any, node_agent_name(name, "?" * 12)),
             in_thread=asyncio.to_thread,
             end_process=_end_process,
             is_one_machine=settings.control.log == "directory",

@@ -7,6 +7,7 @@ first creates the actor, so this stays unseen until that rank dies.
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Any
 
 import ray
@@ -45,3 +46,9 @@ def find_actor(name: str) -> ActorHandle[Any] | None:
         return ray.get_actor(name, namespace=NAMESPACE)
     except ValueError:
         return None
+
+
+def is_there_any(pattern: str) -> bool:
+    """Has Ray an actor in namespace `tidegate` whose name is like this, with `?` for any character? Blocks."""
+    known: list[Any] = ray.util.list_named_actors(all_namespaces=True)
+    return any(actor["namespace"] == NAMESPACE and fnmatchcase(actor["name"], pattern) for actor in known)

@@ -61,6 +61,11 @@ class LeaseBook:
         assert self.why_not(node_id, now_s) is None, "a lease was granted that may not be"
         self._granted_s[node_id] = now_s
 
+    @property
+    def earlier_over_s(self) -> float:
+        """From this time on no lease of an earlier controller runs."""
+        return self._earlier_over_s
+
     def over_s(self, node_id: str) -> float:
         """From this time on no lease of the node runs, whoever gave it."""
         return max(self._granted_s.get(node_id, -math.inf) + self.lease_s * DRIFT, self._earlier_over_s)

@@ -36,5 +36,7 @@ class Surroundings:
     end_process: Callable[[], None]
     #: the log is in this machine's own directory, so only its nodes can be served
     is_one_machine: bool
+    #: are there agents, hence perhaps ranks, that an earlier controller of this cluster has made?
+    has_elders: Callable[[], Awaitable[bool]]
     #: of the cache, in the order in which a flush names them
     tiers: tuple[str, ...] = ("device",)

@@ -71,7 +71,7 @@ class Controller:
             clock=node.time, actor_id="controller", cluster="cluster", node_id=node.node_id,
             find_handle=self._find_rank, find_process=self._find_process, ensure_agent=self._ensure_agent,
             in_thread=self._in_thread, end_process=self.process.kill, is_one_machine=False,
-            tiers=tools.tiers,
+            tiers=tools.tiers, has_elders=self._has_elders,
         )  # fmt: skip
         self._writer = SlowLog(tools.store, node.time, self.process, self._is_cut_off, tools.chance, tools.store_faults)
         self.plane = ControlPlane(self._writer, tools.audit, tools.settings, around, SilentMetrics())
@@ -134,6 +134,10 @@ class Controller:
     async def _find_rank(self, record: RankRecord) -> Handle | None:
         await asyncio.sleep(self._tools.network.delay_s())
         return self._tools.find_rank(record.incarnation)
+
+    async def _has_elders(self) -> bool:
+        await asyncio.sleep(self._tools.network.delay_s())
+        return self._tools.store.was_lost
 
     def _find_process(self, record: RankRecord) -> EndProof | None:
         return self.node.find_process(process_name(record))

@@ -129,7 +129,7 @@ class Faults:
         world.start_controller(node_id)
 
     def _lose_log(self) -> None:
-        """The store is lost, and with it every controller; a new life begins when all leases are over."""
+        """The store is lost, and with it every controller; a new life begins while leases of the old one run."""
         world = self._world
         self._tell("lose-log")
         world.store.is_lost = True
@@ -137,7 +137,7 @@ class Faults:
             controller.process.kill()
         world.store.wipe()
         world.oracle.log_was_lost()
-        world.later(2.5 * world.plan.lease_s, self._begin_anew)
+        world.later(self._chance.uniform(0.3, 1.5), self._begin_anew)
 
     def _begin_anew(self) -> None:
         world = self._world

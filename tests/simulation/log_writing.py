@@ -40,6 +40,8 @@ class SharedStore(MemoryStore):
         self.is_out = False
         #: the log was lost a moment ago, and no controller may begin yet
         self.is_lost = False
+        #: ... or long ago
+        self.was_lost = False
 
     def create(self, index: int, data: bytes) -> bool:
         is_created = super().create(index, data)
@@ -50,6 +52,7 @@ class SharedStore(MemoryStore):
     def wipe(self) -> None:
         """The log is lost."""
         self._records.clear()
+        self.was_lost = True
 
 
 class WritersView(MemoryStore):

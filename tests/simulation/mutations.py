@@ -31,6 +31,7 @@ from engine.control_words import ControlWords
 from engine.events import TurnStarted
 from engine.flush_gate import FlushGate
 from engine.loop import EngineLoop
+from tests.simulation.controller import Controller
 from tests.simulation.log_writing import StoreFaults
 from tests.simulation.network import Weather
 from tests.simulation.rank import Rank
@@ -138,6 +139,10 @@ def _count_from_the_start(self: LeaseBook, lease_s: float, longest_s: float, sta
 _init_leases = LeaseBook.__init__
 
 
+async def _nobody(self: Controller) -> bool:
+    return False
+
+
 def _silent_is_dead(self: FlushMachine, record: RankRecord, now_s: float) -> Any:
     return "expired", "it does not answer"
 
@@ -217,6 +222,19 @@ ALL = (
         "a new controller does not wait two leases",
         ((LeaseBook, "__init__", _count_from_the_start),),
         _BUSY | {"faults": ("kill_controller", "cut_off"), "num_faults": 9},
+    ),
+    Mutation(
+        "a controller whose log was lost does not wait for the end of earlier leases",
+        ((Controller, "_has_elders", _nobody),),
+        _BUSY
+        | {
+            "faults": ("lose_log", "kill_controller", "cut_off"),
+            "num_faults": 9,
+            "lease_s": 6.0,
+            "num_nodes": 3,
+            "num_ranks": 5,
+            "modes": ("fence", "abort", "retract"),
+        },
     ),
     Mutation("unreachable counted as dead", ((FlushMachine, "_stand_in", _silent_is_dead),), _BUSY),
     Mutation(

@@ -59,6 +59,8 @@ class World:
     controller: ControlPlane | None = None
     #: ranks whose actors Ray would find by name
     ranks: list[FakeRank] = field(default_factory=list)
+    #: an earlier controller's agents are there, whatever the log says
+    has_elders: bool = False
     #: how often a controller ended its process
     num_ended: int = 0
     is_one_machine: bool = True
@@ -81,6 +83,9 @@ class World:
     async def ensure_agent(self, node_id: str) -> None:
         self.node(node_id)
 
+    async def find_elders(self) -> bool:
+        return self.has_elders
+
     async def find_handle(self, record: Any) -> FakeRank | None:
         return next((rank for rank in self.ranks if rank.record.incarnation == record.incarnation), None)
 
@@ -91,6 +96,7 @@ class World:
             clock=self.clock, actor_id="controller-actor", cluster="cluster", node_id=NODE,
             find_handle=self.find_handle, find_process=lambda record: LocalEnd.of(process_name(record)),
             ensure_agent=self.ensure_agent, in_thread=asyncio.to_thread, end_process=self.end_process,
+            has_elders=self.find_elders,
             is_one_machine=self.is_one_machine, tiers=("device", "host") if self.hosts else ("device",),
         )  # fmt: skip
         writer = LogThread(ControlLog(self.store, self.clock))

@@ -665,6 +665,25 @@ def test_a_node_counted_as_out_of_lease_stays_so_while_the_outcome_is_in_doubt()
     run(scenario())
 
 
+@pytest.mark.parametrize("has_elders", [True, False])
+def test_a_controller_without_its_log_says_nothing_while_earlier_leases_may_run(has_elders: bool) -> None:
+    async def scenario() -> None:
+        async with world() as around:
+            async with around.start(lease_s=0.5) as plane:
+                rank = FakeRank(rank_record(0))
+                await add(plane, rank)
+                node = around.node()
+                await until(lambda: node.lease_left_s > 0)
+                # cut off: neither its agent nor its rank hears of the next controller
+                node.freeze()
+            around.store, around.has_elders = MemoryStore(), has_elders
+            async with around.start(lease_s=0.5):
+                assert (node.lease_left_s <= 0) is has_elders
+            node.thaw()
+
+    run(scenario())
+
+
 def test_status_shows_the_nodes() -> None:
     async def scenario() -> None:
         async with world() as around, around.start() as plane:
