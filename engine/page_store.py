@@ -17,9 +17,9 @@ _STAGING_BYTES: Final = 16 * 1024 * 1024
 #: a batch where nothing is staged: how much is copied before the copier looks for something more urgent
 _DIRECT_BYTES: Final = 1024 * 1024
 _DIRECT_PAGES: Final = 64
-#: where the model computes on the cores and the memory that copies use too: writing at full speed made a step of a
-#: small model 2.6 times as long, and so did a bare memcpy beside it, so it is not a matter of locks
-_SHARE_BESIDE_MODEL: Final = 0.1
+#: where the model computes on the cores and the memory that copies use too. At full speed writes made a step of a 20M
+#: model 2.6 times as long (a bare memcpy beside it did the same), at 0.1 (0.6 GB/s) 1.3 times, at 0.05 (0.3 GB/s) 1.2
+_SHARE_BESIDE_MODEL: Final = 0.05
 
 
 class PageStore(Protocol):
