@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from actors.flush_request import text
@@ -21,19 +22,28 @@ def request_ids_of(request_id: object, everything: bool) -> list[str] | None:
     return [text(one, "request_id") for one in ids]
 
 
-def all_answered(answers: list[RankAnswer]) -> dict[str, Any]:
-    """Head of an answer about all ranks."""
-    silent = [answer.record.rank for answer in answers if not isinstance(answer.outcome, Answered)]
+def all_answered(answers: list[RankAnswer], expired: Collection[str] = ()) -> dict[str, Any]:
+    """Head of an answer about all ranks. expired: nodes out of lease, whose ranks are not waited for."""
+    silent = [answer.record.rank for answer in answers if not _has_answered(answer)]
+    due = [answer.record.rank for answer in answers if not _has_answered(answer) and not _is_on(answer, expired)]
     if not answers:
         return {"success": False, "status": "no_ranks", "message": "no rank is registered", "http_status": 503}
-    if silent:
+    if due or len(silent) == len(answers):
         message = f"no answer from rank {', '.join(map(str, silent))}"
         return {"success": False, "status": "unreachable", "message": message, "http_status": 503}
     return {"success": True, "status": "ok", "message": "", "http_status": 200}
 
 
-def rank_row(answer: RankAnswer, roster: Roster) -> dict[str, Any]:
-    """What a rank said of itself, under what the controller knows of it."""
+def _has_answered(answer: RankAnswer) -> bool:
+    return isinstance(answer.outcome, Answered)
+
+
+def _is_on(answer: RankAnswer, node_ids: Collection[str]) -> bool:
+    return answer.record.node_id in node_ids
+
+
+def rank_row(answer: RankAnswer, roster: Roster, expired: Collection[str] = ()) -> dict[str, Any]:
+    """What a rank said of itself, under what the controller knows of it. expired: nodes out of lease."""
     record = answer.record
     said = dict(answer.outcome.value or {}) if isinstance(answer.outcome, Answered) else {}
     is_known = roster.book.record(record.incarnation) is not None
@@ -41,7 +51,8 @@ def rank_row(answer: RankAnswer, roster: Roster) -> dict[str, Any]:
     if isinstance(answer.outcome, Answered):
         about = {"status": state, "message": ""}
     else:
-        about = {"status": "gone" if state == "gone" else "unreachable", "message": answer.outcome.message}
+        silent = "expired" if _is_on(answer, expired) else "unreachable"
+        about = {"status": "gone" if state == "gone" else silent, "message": answer.outcome.message}
     known = {"rank": record.rank, "incarnation": record.incarnation, "node": record.node_id, "pid": record.pid}
     return said | known | about
 

@@ -33,7 +33,7 @@ from actors.node_book import NodeBook
 from actors.nodes import RENEWALS_PER_LEASE, Nodes
 from actors.profile_desk import ProfileDesk
 from actors.ray_errors import Answered, CallFailed, outcome_within
-from actors.roster import Call, Roster
+from actors.roster import Call, RankAnswer, Roster
 from actors.surroundings import Surroundings
 from configs.errors import ControlUnavailable, InvalidField, RankLost, RequestError, UnknownResource
 from configs.schema import ControlSettings
@@ -143,7 +143,8 @@ class ControlPlane:
         self._roster.answered(record.incarnation)
         self._desk.registered(record)
         state = self._log.state
-        return Registered(state.term, state.lineage, state.epoch, state.floor, page, tuple(state.sub_epochs))
+        floor = state.floor_of(record.node_id)
+        return Registered(state.term, state.lineage, state.epoch, floor, page, tuple(state.sub_epochs))
 
     async def renew(self, renewal: NodeRenewal, handle: Any) -> LeaseAnswer:
         """A node's agent asks for a lease; see actors.node_agent."""
@@ -195,12 +196,10 @@ class ControlPlane:
             self._desk.note("abort", "", {"request_id": repr(request_id)[:200]} | answer)
             return answer
         calls = partial(self._abort_on, request_ids, words, self._around.clock.now_s() + within_s)
-        answers = await self._roster.ask_all(calls, within_s)
-        rows = [rank_row(answer, self._roster) for answer in answers]
+        rows, head = self._summary(await self._roster.ask_all(calls, within_s))
         num_aborted = sum(row.get("num_aborted", 0) for row in rows)
-        answer = all_answered(answers) | {"num_aborted": num_aborted, "ranks": rows}
-        self._desk.note("abort", who, {"request_ids": request_ids and request_ids[:16]} | all_answered(answers))
-        return answer
+        self._desk.note("abort", who, {"request_ids": request_ids and request_ids[:16]} | head)
+        return head | {"num_aborted": num_aborted, "ranks": rows}
 
     async def status(self, timeout_s: object) -> dict[str, Any]:
         """See ControllerActor.status."""
@@ -209,10 +208,10 @@ class ControlPlane:
         except RequestError as error:
             return refusal(error)
         answers = await self._roster.ask_all(lambda _, handle: handle.status.remote(), within_s)
-        rows = [rank_row(answer, self._roster) for answer in answers]
+        rows, head = self._summary(answers)
         node_ids = {self._around.node_id, *(answer.record.node_id for answer in answers)}
         about = {"nodes": self._nodes.rows(node_ids), "host_tiers": self._nodes.host_rows(node_ids)}
-        return all_answered(answers) | self._control_facts() | {"ranks": rows} | about
+        return head | self._control_facts() | {"ranks": rows} | about
 
     async def audit(self, limit: object, flush_id: object) -> dict[str, Any]:
         """See ControllerActor.audit."""
@@ -267,6 +266,13 @@ class ControlPlane:
         ids = None if request_ids is None else tuple(request_ids)
         valid_until_s = boot_s + until_s + self._settings.answer_slack_s - now_s
         return handle.abort.remote(AbortCommand(ids, reason, self._log.state.term, valid_until_s))
+
+    def _summary(self, answers: list[RankAnswer]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The rows and the head of an answer about all ranks; a lost node does not make it a failure for ever."""
+        now_s = self._around.clock.now_s()
+        nodes = {answer.record.node_id for answer in answers}
+        expired = {node_id for node_id in nodes if self._leases.is_over(node_id, now_s)}
+        return [rank_row(answer, self._roster, expired) for answer in answers], all_answered(answers, expired)
 
     async def _store_member(self, record: RankRecord, is_known: bool) -> None:
         """Store what an incarnation says of itself. If that fails a new one is taken back and registers anew."""

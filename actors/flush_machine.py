@@ -211,8 +211,7 @@ class FlushMachine:
         yield self._patience_until_s
         yield self._courtesy_until_s
         yield self._cancel_until_s
-        if self.plan.counts_expired:
-            yield from map(self._nodes.lease_over_s, {record.node_id for record in self.run.open_records})
+        yield from map(self._nodes.lease_over_s, {record.node_id for record in self.run.open_records})
         yield from map(self._nodes.lease_over_s, self._hosts.open_nodes)
 
     # ------------------------------------------------------------------------------------------------------- running
@@ -311,7 +310,8 @@ class FlushMachine:
         """What is good about this rank without its own word."""
         if self.plan.counts_fenced and self._nodes.is_fenced(record, self.run.epoch):
             return "fenced", "the floor is on the page that it reads before each match"
-        if self.plan.counts_expired and now_s >= self._nodes.lease_over_s(record.node_id):
+        if now_s >= self._nodes.lease_over_s(record.node_id):
+            # a flush without an epoch has a floor for this node alone (`LogState.floor_of`)
             return "expired", "its node is out of lease: it serves uncached until it has been told the floor"
         return None
 

@@ -64,12 +64,6 @@ class FlushPlan:
         return self.takes_epoch and self.request.mode == "fence"
 
     @property
-    def counts_expired(self) -> bool:
-        """A node out of lease suffices: with its next lease it is told the floor. A scope or a part of the tiers has
-        no floor that could meet it there."""
-        return self.takes_epoch
-
-    @property
     def is_stored(self) -> bool:
         """A dry run changes nothing, so nothing has to be kept of it."""
         return not self.request.dry_run

@@ -124,6 +124,9 @@ class LogState:
     ended: dict[str, EndedFlush] = field(default_factory=dict)
     #: of scoped flushes, oldest first, bounded; those not above the floor are no longer needed
     sub_epochs: list[SubEpoch] = field(default_factory=list)
+    #: node -> lowest epoch that may be matched there, where that is more than elsewhere: it was out of lease while a
+    #: flush that allots no epoch succeeded, and drops all it has when it comes back
+    node_floors: dict[str, int] = field(default_factory=dict)
     #: index of the newest flush of the host tier alone: on every node what is older in that tier is void
     host_drop: int = 0
     #: successful flushes of host tiers by age, oldest first, bounded
@@ -152,6 +155,10 @@ class LogState:
             case Checkpoint() | Probe():
                 """It says what is folded in already, or nothing."""
 
+    def floor_of(self, node_id: str) -> int:
+        """Lowest epoch that ranks of this node may match."""
+        return max(self.floor, self.node_floors.get(node_id, 0))
+
     def host_drop_of(self, node_id: str) -> int:
         """Index of the newest flush of host tiers of which this node's tier must not hold anything older: of that tier
         alone, or by age if the node has missed it. 0: none."""
@@ -170,6 +177,7 @@ class LogState:
             ended=dict(self.ended),
             sub_epochs=list(self.sub_epochs),
             aged=list(self.aged),
+            node_floors=dict(self.node_floors),
         )
 
     def _take_over(self, index: int, record: TakeOver) -> None:
@@ -207,6 +215,9 @@ class LogState:
         intent = self.open_flushes.pop(outcome.intent, None)
         self.open_since.pop(outcome.intent, None)
         if intent is not None:
+            if not intent.takes_epoch:
+                missed = {row["node"] for row in outcome.answer["ranks"] if row["status"] == "expired"}
+                self.node_floors |= dict.fromkeys(sorted(missed), outcome.intent)
             if outcome.answer["success"] and intent.request.drops_host_by_age:
                 self._add_aged(outcome)
             self._remember(EndedFlush(intent.request, outcome.answer, entry.boot_id, entry.boot_s, outcome.intent))
@@ -226,6 +237,7 @@ class LogState:
         self.floor = max(self.floor, floor)
         self.sub_epochs = [sub_epoch for sub_epoch in self.sub_epochs if sub_epoch.index > self.floor]
         self.aged = [flush for flush in self.aged if flush.index > self.floor]
+        self.node_floors = {node: least for node, least in self.node_floors.items() if least > self.floor}
 
     def _add_aged(self, outcome: FlushOutcome) -> None:
         did = frozenset(row["node"] for row in outcome.answer["host_tiers"] if row["status"] == "flushed")

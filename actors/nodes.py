@@ -61,7 +61,7 @@ class Nodes:
         return LeaseAnswer(
             state.lineage,
             state.term,
-            state.floor,
+            state.floor_of(renewal.node_id),
             lease_s=lease_s if refusal is None else 0.0,
             period_s=lease_s / RENEWALS_PER_LEASE,
             message=refusal or "",

@@ -17,7 +17,7 @@ from actors.log_records import FlushIntent, decode_entry
 from actors.log_stores import MemoryStore
 from configs.errors import ControlUnavailable
 from engine.flush import FlushCommand, FlushScope, FlushVerdict
-from tests.unit.actors.fakes import FakeRank, rank_record
+from tests.unit.actors.fakes import NODE, FakeRank, rank_record
 from tests.unit.actors.planes import add, child_process, run, until, world
 
 LEASE_S = 0.3
@@ -31,6 +31,11 @@ class ShiftedClock(BootClock):
 
 
 async def never(command: FlushCommand) -> FlushVerdict:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def silent(*args: Any) -> dict[str, Any]:
     await asyncio.Event().wait()
     raise AssertionError
 
@@ -126,6 +131,51 @@ def test_a_node_out_of_lease_counts_and_is_told_the_floor_with_its_next_lease() 
             node.start()
             await until(lambda: node.lease_left_s > 0)
             assert node.floor == floor
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("arguments", [{"scope": {"namespace": "tenant"}}, {"tiers": ["device"]}])
+def test_a_lost_node_blocks_no_flush_without_an_epoch_and_drops_all_when_it_is_back(arguments: dict[str, Any]) -> None:
+    async def scenario() -> None:
+        hosts: dict[str, Any] = {"nowhere": None}  # so that there is a host tier to leave alone
+        async with world(hosts=hosts) as around, around.start(lease_s=0.2) as plane:
+            near, far = FakeRank(rank_record(0)), elsewhere(1)
+            await add(plane, near, far)
+            far.behave = never
+            node = around.nodes["elsewhere"]
+            node.kill()
+            answer = await plane.flush(timeout_s=1, **arguments)
+            assert statuses(answer) == ["flushed", "expired"]
+            assert (answer["success"], answer["epoch"]) == (True, 0)
+            node.start()
+            await until(lambda: node.lease_left_s > 0)
+            (index,) = {command.index for command in near.commands}
+            assert node.floor == index > 0
+            assert around.nodes[NODE].floor == 0
+            # who joins there keeps to it as well, under the next controller too
+            late = elsewhere(2)
+            await add(plane, late)
+            assert late.registered is not None
+            assert late.registered.floor == index
+            far.behave = near.behave
+            assert (await plane.flush(mode="fence", timeout_s=1))["epoch"] > index
+
+    run(scenario())
+
+
+def test_a_lost_node_does_not_make_status_and_abort_fail_for_ever() -> None:
+    async def scenario() -> None:
+        async with world() as around, around.start(lease_s=0.2) as plane:
+            near, far = FakeRank(rank_record(0)), elsewhere(1)
+            await add(plane, near, far)
+            far.do_status = far.do_abort = silent  # type: ignore[method-assign]
+            around.nodes["elsewhere"].kill()
+            assert (await plane.status(0.01))["status"] == "unreachable"
+            await until(lambda: plane._leases.is_over("elsewhere", around.clock.now_s()))
+            for answer in (await plane.status(0.05), await plane.abort(None, True, 0.05, "test")):
+                assert answer["success"], answer
+                assert [row["status"] for row in answer["ranks"]] == ["serving", "expired"]
 
     run(scenario())
 

@@ -318,8 +318,8 @@ def test_all_nodes_out_of_lease_is_no_success() -> None:
 
 
 @pytest.mark.parametrize("arguments", [{"scope": {"namespace": "a"}}, {"dry_run": True}])
-def test_part_of_the_cache_is_flushed_only_by_the_ranks_own_word(arguments: dict[str, Any]) -> None:
-    nodes = TestNodes(fenced={"node-0"}, over_s={"node-0": START_S})
+def test_a_floor_says_nothing_of_a_part_of_the_cache(arguments: dict[str, Any]) -> None:
+    nodes = TestNodes(fenced={"node-0"})
     flush = Flush(0, nodes=nodes, mode="fence", timeout_s=1, **arguments)
     flush.stored() if "scope" in arguments else None
     assert flush.all(events.RaiseFloor) == []
@@ -328,6 +328,17 @@ def test_part_of_the_cache_is_flushed_only_by_the_ranks_own_word(arguments: dict
     ended = flush.outcome.answer if "scope" in arguments else flush.answer
     assert [row["status"] for row in ended["ranks"]] == ["unreachable"]
     assert not ended["floor_raised"]
+
+
+def test_a_node_out_of_lease_counts_for_a_part_of_the_cache_and_gets_no_lease_before_its_floor_is_stored() -> None:
+    nodes = TestNodes(over_s={"node-1": START_S})
+    flush = Flush(0, 1, nodes=nodes, mode="fence", timeout_s=1, scope={"namespace": "a"})
+    flush.stored()
+    flush.answer_of(0, "flushed")
+    flush.pass_time(0.2)
+    assert flush.statuses == ["flushed", "expired"]
+    assert flush.outcome.answer["success"]
+    assert flush.all(events.Withhold) == [events.Withhold(("node-1",))]
 
 
 def test_a_scoped_flush_takes_a_sub_epoch_and_no_epoch() -> None:
