@@ -42,6 +42,8 @@ class Mutation:
     """Which rule is taken away, and how."""
 
     name: str
+    #: what is said of it: a pattern of the violation, so that it is missed for its own sake
+    shows: str
     #: object, name of its attribute, what replaces it
     replaced: tuple[tuple[Any, str, Any], ...]
     #: where it is likely to show: fields of the plan
@@ -181,26 +183,31 @@ _DOUBLED = Weather(typical_s=0.005, share_slow=0.2, slow_s=0.5, share_lost=0.0, 
 ALL = (
     Mutation(
         "read words before draining",
+        r"invariant [15]:",
         ((EngineLoop, "turn", _read_words_first),),
         _BUSY | {"share_preempted": 0.3, "modes": ("fence",), "step_s": 0.002},
     ),
     Mutation(
         "key by current epoch at insert",
+        r"invariant 1:",
         ((DeviceCache, "publish", _publish_under_the_current_epoch),),
         _BUSY | {"modes": ("fence",), "step_s": 0.08},
     ),
     Mutation(
         "floor first in wait",
+        r"G4: .* raised the floor",
         ((FlushPlan, "raises_floor_first", property(lambda self: self.takes_epoch)),),
         _BUSY | {"modes": ("wait",)},
     ),
     Mutation(
         "free a page at flush with its copy running",
+        r"invariant 10:",
         ((DeviceCache, "swap", _free_pages_of_copies),),
         _BUSY | {"modes": ("fence", "retract"), "host_policy": "write_back"},
     ),
     Mutation(
         "no lineage",
+        r"has no lease: the page obeys a higher term",
         (
             (NodeAgent, "_begin_lineage", _keep_the_file),
             (FileIdentity, "difference", lambda self, page: None),
@@ -210,6 +217,7 @@ ALL = (
     ),
     Mutation(
         "no term",
+        r"invariant 4:.* obeys term",
         (
             (ControlPageWriter, "raise_floor", _obey_any_term),
             (FlushGate, "offer", _take_any_term),
@@ -217,14 +225,16 @@ ALL = (
         ),
         _BUSY | {"faults": ("second_controller", "freeze_controller"), "num_faults": 9, "num_aborts": 20},
     ),
-    Mutation("lease ignored by ranks", ((RankWords, "read", _lease_always),), _BUSY),
+    Mutation("lease ignored by ranks", r"invariant 5:.* lease over", ((RankWords, "read", _lease_always),), _BUSY),
     Mutation(
         "a new controller does not wait two leases",
+        r"invariant [159]:|is called expired and may match",
         ((LeaseBook, "__init__", _count_from_the_start),),
         _BUSY | {"faults": ("kill_controller", "cut_off"), "num_faults": 9},
     ),
     Mutation(
         "a controller whose log was lost does not wait for the end of earlier leases",
+        r"invariant [19]:",
         ((Controller, "_has_elders", _nobody),),
         _BUSY
         | {
@@ -236,14 +246,21 @@ ALL = (
             "modes": ("fence", "abort", "retract"),
         },
     ),
-    Mutation("unreachable counted as dead", ((FlushMachine, "_stand_in", _silent_is_dead),), _BUSY),
+    Mutation(
+        "unreachable counted as dead",
+        r"is called expired and may match|invariant [19]:",
+        ((FlushMachine, "_stand_in", _silent_is_dead),),
+        _BUSY,
+    ),
     Mutation(
         "grants without a check of the store",
+        r"is called expired and may match|invariant [19]:",
         ((LeaseBook, "why_not", _grant_without_check),),
         _BUSY | {"faults": ("second_controller",), "num_faults": 3, "num_nodes": 3},
     ),
     Mutation(
         "a lease for a node that a flush counts as out of lease",
+        r"is called expired and may match|invariant [19]:",
         ((LeaseBook, "withhold", lambda self, node_ids: None),),
         _BUSY
         | {
@@ -255,16 +272,19 @@ ALL = (
     ),
     Mutation(
         "a grant older than its sender's own floor",
+        r"invariant [159]:",
         ((Nodes, "renew", _grant_floor_of_before),),
         _BUSY | {"faults": ("freeze_agent", "cut_off"), "num_faults": 9},
     ),
     Mutation(
         "verdicts are not remembered",
+        r"invariant 7:",
         ((FlushGate, "_keep", lambda self, *facts: None),),
         _BUSY | {"weather": _DOUBLED},
     ),
     Mutation(
         "writes not fenced by the log",
+        r"is called expired and may match|invariant [1459]:",
         ((ControlLog, "_own", _write_over_others), (ControlLog, "check", _never_superseded)),
         _BUSY | {"faults": ("second_controller",), "num_faults": 3},
     ),

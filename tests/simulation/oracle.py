@@ -237,7 +237,8 @@ class Oracle:
             return
         is_superseded = controller.plane._log.state.term != self._newest_term
         for incarnation, status in rows.items():
-            if not (is_superseded and status == "expired"):  # by its own count, which is nobody's any more
+            # A superseded controller's count is nobody's any more; where nothing succeeded nothing keeps a lease away.
+            if not (status == "expired" and (is_superseded or not answer["success"])):
                 self._check_verdict(incarnation, status, answer)
         if not (answer["epoch"] or answer["sub_epoch"] or answer["dry_run"]):
             self._deny(answer, rows, arguments.get("scope") is None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tests.simulation.mutations import ALL, Mutation
@@ -15,6 +17,7 @@ NUM_SEEDS = 60
 def test_a_rule_that_is_taken_away_is_missed(mutation: Mutation) -> None:
     found = first_violation(mutation)
     assert found is not None, f"nobody misses the rule in {NUM_SEEDS} seeds: {mutation.name}"
+    assert re.search(mutation.shows, found.violations[0]), found.violations[0]
     print(f"{mutation.name}: seed {found.seed}, {found.violations[0]}")
     sound = run(found.seed, **mutation.plan)
     assert not sound.violations, sound.report()
