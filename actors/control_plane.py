@@ -373,7 +373,9 @@ class ControlPlane:
         handle = self._roster.handle(record.incarnation)
         if handle is None:
             return
-        hello = await outcome_within(handle.hello.remote(), _HELLO_TIMEOUT_S)
+        # the tick goes on after this, and the log has to be read within a lease
+        within_s = min(_HELLO_TIMEOUT_S, self._settings.lease_s / RENEWALS_PER_LEASE)
+        hello = await outcome_within(handle.hello.remote(), within_s)
         if isinstance(hello, Answered) and hello.value["page_nonce"] not in (0, record.page_nonce):
             newest = replace(record, page_nonce=hello.value["page_nonce"])
             if self._roster.renew(newest):

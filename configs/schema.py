@@ -95,8 +95,8 @@ class ControlSettings(_Settings):
     max_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     #: least budget of modes that need the next step boundary (fence, retract, abort)
     step_grace_s: Annotated[float, Field(ge=0)] = 5.0
-    #: after this a rank out of contact with the controller serves uncached
-    lease_s: Annotated[float, Field(gt=0)] = 5.0
+    #: after this a rank out of contact with the controller serves uncached; renewed five times in it
+    lease_s: Annotated[float, Field(ge=0.1)] = 5.0
     #: file system in memory in which the processes of a node share their control page
     shared_dir: Path = Path("/dev/shm")
     #: the answer leaves the controller by the deadline plus this, whatever the ranks do

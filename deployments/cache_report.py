@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_STATES = ("free", "cached", "pinned", "private", "fenced")
+_STATES = ("free", "cached", "pinned", "private", "fenced", "copying")
 
 
 def cache_report(status: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,6 +36,7 @@ def _host(row: Mapping[str, Any]) -> dict[str, int]:
         "num_pinned_pages": 0,
         "num_private_pages": row["leased"],
         "num_fenced_pages": row["committed"] - row["valid"] + row["quarantined"],
+        "num_copying_pages": 0,
     }
     return _with_bytes(row["num_slots"], pages, row["page_bytes"])
 

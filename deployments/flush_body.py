@@ -41,7 +41,7 @@ class FlushBody(Body):
 
     @model_validator(mode="after")
     def _one_scope(self) -> Self:
-        given = [] if self.scope is None else sorted(self.scope.model_fields_set)
+        given = [] if self.scope is None else sorted(self.scope.model_dump(exclude_none=True))
         if self.scope is not None and len(given) != 1:
             names = ", ".join(ScopeBody.model_fields)
             raise field_error("scope", f"it needs exactly one of {names}; got {' and '.join(given) or 'none'}")
@@ -66,7 +66,7 @@ async def _scope(core: ApiCore, scope: ScopeBody) -> dict[str, Any]:
         core.check_prefix(scope.prefix_tokens, "scope.prefix_tokens")
     if scope.cache_salt is not None:
         return {"namespace": scope.cache_salt}
-    return scope.model_dump(exclude_unset=True)
+    return scope.model_dump(exclude_none=True)
 
 
 async def _tokens_of(core: ApiCore, text: str) -> list[int]:

@@ -153,7 +153,7 @@ def _pages(row: Mapping[str, Any]) -> tuple[str, ...]:
     """Pages by state; empty for a rank that did not answer."""
     if "num_pages" not in row:
         return ("",) * 5
-    in_use = row["num_pinned_pages"] + row["num_private_pages"]
+    in_use = row["num_pinned_pages"] + row["num_private_pages"] + row["num_copying_pages"]
     numbers = (row["num_pages"], row["num_free_pages"], row["num_cached_pages"], in_use, row["num_fenced_pages"])
     return tuple(map(str, numbers))
 

@@ -491,6 +491,27 @@ def test_which_page_a_rank_reads_is_asked_when_its_file_was_made_anew() -> None:
     run(scenario())
 
 
+def test_a_frozen_rank_that_reads_another_page_does_not_keep_the_log_from_being_read() -> None:
+    async def scenario() -> None:
+        async with world() as around, around.start(lease_s=LEASE_S) as plane:
+            rank = FakeRank(rank_record(0))
+            await add(plane, rank)
+            rank.do_hello = silent
+            node = around.node()
+            node.kill()
+            node.file = None  # somebody removed it
+            node.start()
+            await until(lambda: node.file is not None and node.lease_left_s > 0)
+            refusals = {plane._nodes.book.refusal(NODE)}
+            ends_s = time.monotonic() + 4 * LEASE_S
+            while time.monotonic() < ends_s:
+                await asyncio.sleep(0.001)
+                refusals.add(plane._nodes.book.refusal(NODE))
+            assert refusals == {""}
+
+    run(scenario())
+
+
 def test_a_wait_gives_way_to_what_needs_no_idle_instant() -> None:
     async def scenario() -> None:
         async with world() as around, around.start() as plane:

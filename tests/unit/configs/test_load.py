@@ -106,3 +106,9 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not UTF-8"):
         load_settings(path)
+
+
+def test_a_lease_is_long_enough_to_be_renewed_in() -> None:
+    assert settings_from_dict({"control": {"lease_s": 0.1}}).control.lease_s == 0.1
+    with pytest.raises(ConfigError, match="lease_s"):
+        settings_from_dict({"control": {"lease_s": 0.05}})

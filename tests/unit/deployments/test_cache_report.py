@@ -9,8 +9,8 @@ from actors.messages import HostReport
 from deployments.cache_report import cache_report
 
 RANK: dict[str, Any] = {
-    "rank": 0, "num_pages": 10, "num_free_pages": 4, "num_cached_pages": 3, "num_pinned_pages": 1,
-    "num_private_pages": 1, "num_fenced_pages": 1, "bytes_per_page": 100,
+    "rank": 0, "num_pages": 12, "num_free_pages": 4, "num_cached_pages": 3, "num_pinned_pages": 1,
+    "num_private_pages": 1, "num_fenced_pages": 1, "num_copying_pages": 2, "bytes_per_page": 100,
 }  # fmt: skip
 SILENT: dict[str, Any] = {"rank": 1, "status": "unreachable"}
 STATUS: dict[str, Any] = {"success": True, "tiers": ["device"], "ranks": [RANK, RANK, SILENT], "nodes": []}
@@ -19,8 +19,9 @@ STATUS: dict[str, Any] = {"success": True, "tiers": ["device"], "ranks": [RANK, 
 def test_the_device_tier_is_the_sum_of_the_ranks_that_answer() -> None:
     (device,) = cache_report(STATUS)["occupancy"]
     assert device == {
-        "tier": "device", "num_pages": 20, "num_free_pages": 8, "num_cached_pages": 6, "num_pinned_pages": 2,
-        "num_private_pages": 2, "num_fenced_pages": 2, "bytes": 2000, "cached_bytes": 600, "used": 0.6,
+        "tier": "device", "num_pages": 24, "num_free_pages": 8, "num_cached_pages": 6, "num_pinned_pages": 2,
+        "num_private_pages": 2, "num_fenced_pages": 2, "num_copying_pages": 4, "bytes": 2400, "cached_bytes": 600,
+        "used": 0.6667,
     }  # fmt: skip
 
 
@@ -30,7 +31,7 @@ def test_a_host_tiers_pages_are_all_accounted_for() -> None:
     _, host = cache_report(STATUS | {"tiers": ["device", "host"], "host_tiers": rows})["occupancy"]
     assert (host["tier"], host["num_cached_pages"], host["cached_bytes"], host["bytes"]) == ("host", 5, 250, 1000)
     assert (host["num_private_pages"], host["num_fenced_pages"], host["used"]) == (3, 4, 0.6)
-    states = ("free", "cached", "pinned", "private", "fenced")
+    states = ("free", "cached", "pinned", "private", "fenced", "copying")
     assert sum(host[f"num_{state}_pages"] for state in states) == host["num_pages"]
 
 

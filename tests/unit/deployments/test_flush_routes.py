@@ -186,6 +186,7 @@ BAD: list[tuple[Any, str]] = [
     ({"scope": "all"}, "scope"),
     ({"scope": {}}, "scope"),
     ({"scope": {"namespace": None}}, "scope"),
+    ({"scope": {"cache_salt": None}}, "scope"),
     ({"scope": {"cache_salt": "a", "namespace": "a"}}, "scope"),
     ({"scope": {"tenant": "a"}}, "scope.tenant"),
     ({"scope": {"namespace": ""}}, "scope.namespace"),
