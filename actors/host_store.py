@@ -80,8 +80,10 @@ class HostStore:
         self._term = 0
         self._floor = 0
         self._birth_floor_ns = 0
-        #: log index of the newest flush of host tiers that this tier keeps to, and how many pages that one made void
-        self._drop = self._num_dropped = 0
+        #: log index of the newest flush of host tiers that we were told of: no arena is used before it keeps to it
+        self._drop = 0
+        #: of the newest one that was carried out, if only because there was nothing; pages that it made void
+        self._kept_drop = self._num_dropped = 0
         self._open: OpenArena | None = None
         self._opener = ArenaOpener(settings, around.open_file, around.processes, around.in_thread)
         #: whoever has it is alone with the tier: a call of a rank, or a look over everything in a thread
@@ -97,7 +99,7 @@ class HostStore:
             self._open.file.retire()
             self._open = None
         self._lineage = lineage
-        self._term = self._floor = self._birth_floor_ns = self._drop = self._num_dropped = 0
+        self._term = self._floor = self._birth_floor_ns = self._drop = self._kept_drop = self._num_dropped = 0
         self._opened.clear()
 
     def raise_floor(self, term: int, floor: int) -> HostDropped:
@@ -119,19 +121,28 @@ class HostStore:
         known_drop: what the node has kept to before, as its control page says.  False: not yet, ask again; an arena is
         being opened.
         """
-        is_kept = drop <= max(self._drop, known_drop)
+        self._kept_drop = max(self._kept_drop, known_drop)
         self._drop = max(self._drop, drop, known_drop)
-        if is_kept:
+        if drop <= self._kept_drop:
             return True
         if self._open is not None:
-            self._num_dropped = self._open.tier.drop_below(drop)
+            self._keep_to_drop(self._open.tier)
             self._reclaim()
-        elif self._opener.is_opening:
+            return True
+        if self._opener.is_opening:
             return False
-        elif self._around.has_file():
+        if self._around.has_file():
             # ranks may have mapped it under an earlier agent; nothing in it is young enough
             self._around.discard_file()
+        self._kept_drop = self._drop
         return True
+
+    def raise_birth_floor(self, birth_floor_ns: int) -> None:
+        """No page of a chain begun before this (CLOCK_BOOTTIME) is found in an arena that is open, or will be. O(1)."""
+        self._birth_floor_ns = max(self._birth_floor_ns, birth_floor_ns)
+        if self._open is not None:
+            self._open.file.page.raise_birth_floor(self._birth_floor_ns)
+            self._reclaim()
 
     # ------------------------------------------------------------------------------------------------- calls of ranks
     async def claim(self, claim: HostClaim) -> HostPlace | HostPending | HostRefused:
@@ -210,24 +221,24 @@ class HostStore:
     async def drop_all(self, drop: int) -> HostDropped:
         """Flush this tier alone: all pages of a lower drop number go. drop: log index of the flush, which the node may
         have been told with its lease already."""
+        # an arena that is made, or taken over, later must not have missed it
+        self._drop = max(self._drop, drop)
         opened = await self._settled()
         if opened is None:
-            return HostDropped(0, 0, self._why_closed())
+            failure = self._why_closed()
+            self._kept_drop = self._kept_drop if failure else self._drop
+            return HostDropped(0, 0, failure)
         async with self._alone:
-            if drop > self._drop:
-                self._drop, self._num_dropped = drop, opened.tier.drop_below(drop)
+            self._keep_to_drop(opened.tier)
             num_pages = self._num_dropped
         self._reclaim()
         return HostDropped(num_pages, num_pages * opened.identity.page_bytes)
 
     async def drop_older(self, birth_floor_ns: int) -> HostDropped:
         """Pages of chains begun before this instant (CLOCK_BOOTTIME) are found no more from the return on."""
-        self._birth_floor_ns = max(self._birth_floor_ns, birth_floor_ns)
-        opened = await self._settled()
-        if opened is None:
+        self.raise_birth_floor(birth_floor_ns)
+        if await self._settled() is None:
             return HostDropped(0, 0, self._why_closed())
-        opened.file.page.raise_birth_floor(birth_floor_ns)
-        self._reclaim()
         return HostDropped(0, 0)
 
     # -------------------------------------------------------------------------------------------------------- upkeep
@@ -314,13 +325,18 @@ class HostStore:
         # what was raised while it was being made; nobody has committed yet
         file.page.raise_floor(self._term, self._floor)
         file.page.raise_birth_floor(self._birth_floor_ns)
-        tier.drop_below(self._drop)
+        self._keep_to_drop(tier)
         self._open = opened
         for holder in [*tier.owners.leased, *tier.owners.quarantined]:
             if holder != NOBODY:
                 self._watch(ProcessName(*holder.process), opened, "", holder)
         self._opened.set()
         self._reclaim()
+
+    def _keep_to_drop(self, tier: HostTier) -> None:
+        num_pages = tier.drop_below(self._drop)
+        if self._drop > self._kept_drop:
+            self._kept_drop, self._num_dropped = self._drop, num_pages
 
     def _watch(self, name: ProcessName, opened: OpenArena, incarnation: str, holder: Holder) -> None:
         self._start(self._until_left(name, opened, incarnation, holder), f"holder-{name.pid}")

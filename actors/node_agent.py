@@ -117,10 +117,17 @@ class NodeAgent:
         if now_s >= order.valid_until_s:
             return HostDropped(0, 0, "the order came too late")
         if order.older_than_s is not None:
-            return await host.drop_older(max(0, int((now_s - order.older_than_s) * _NS)))
+            return await self._drop_older(host, self._file, max(0, int((now_s - order.older_than_s) * _NS)))
         dropped = await host.drop_all(order.index)
         if not dropped.failure:
             self._file.page.raise_drop(order.index)
+        return dropped
+
+    async def _drop_older(self, host: HostStore, file: NodeFile, birth_floor_ns: int) -> HostDropped:
+        dropped = await host.drop_older(birth_floor_ns)
+        if not dropped.failure:
+            # an arena that the next agent opens must keep to it, too
+            file.page.raise_birth_floor(birth_floor_ns)
         return dropped
 
     async def until_gone(self, name: ProcessName) -> bool:
@@ -224,6 +231,7 @@ class NodeAgent:
                 self._around.host.begin_lineage(lineage)
                 self._around.host.raise_floor(words.term, words.floor)
                 self._around.host.raise_drop(words.drop, words.drop)
+                self._around.host.raise_birth_floor(words.birth_floor_ns)
         except ConfigError as error:
             self.message = error.message
             log.error("no control page: %s", error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +112,10 @@ class Rank:
         is_there = match.num_pages == 1 and self.reader.load(match, 0, target) is None
         assert not is_there or (target == key[0]).all()
         return is_there
+
+
+def _must(holds: bool) -> None:
+    assert holds
 
 
 def test_what_one_rank_writes_the_other_finds(tmp_path: Path) -> None:
@@ -377,6 +382,56 @@ def test_the_arena_of_a_dead_node_is_warm_for_the_next_one(tmp_path: Path) -> No
         second.store.begin_lineage("beef")
         assert not heir.finds(KEYS[0])
         assert not second.paths.data.exists()
+        second.store.close()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("flush", ["all", "older"])
+def test_a_flush_from_before_the_arena_counts_for_one_that_is_taken_over(tmp_path: Path, flush: str) -> None:
+    async def scenario() -> None:
+        node = Node(tmp_path)
+        node.begin()
+        rank = Rank(node, 11)
+        await rank.claim_it()
+        await rank.write(KEYS[0], birth_ns=100)
+        node.store.close()
+        second = Node(tmp_path, name="m")
+        second.begin()
+        if flush == "all":
+            assert await second.store.drop_all(3) == HostDropped(0, 0)
+        else:
+            assert await second.store.drop_older(101) == HostDropped(0, 0)
+        heir = Rank(second, 12)
+        await heir.claim_it()
+        assert not heir.finds(KEYS[0])
+        second.store.close()
+
+    run(scenario())
+
+
+def test_a_node_that_missed_a_flush_waits_until_its_arena_is_open(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        node = Node(tmp_path)
+        node.begin()
+        rank = Rank(node, 11)
+        await rank.claim_it()
+        await rank.write(KEYS[0])
+        node.store.close()
+        second = Node(tmp_path)
+        second.begin()
+        may_open = threading.Event()
+        second.refuse = lambda: _must(may_open.wait(10))
+        rank.node = second
+        claiming = asyncio.create_task(rank.claim_it())
+        report = second.store.report
+        await until(lambda: (now := report()) is not None and now.status == "reserving")
+        assert not second.store.raise_drop(7, known_drop=0)
+        assert not second.store.raise_drop(7, known_drop=0)
+        may_open.set()
+        assert isinstance(await claiming, HostPlace)
+        assert second.store.raise_drop(7, known_drop=0)
+        assert not rank.finds(KEYS[0])
         second.store.close()
 
     run(scenario())

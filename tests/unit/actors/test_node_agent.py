@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 from actors.clock import BootClock
+from actors.host_messages import HostDropOrder, HostDropped, HostPlace
 from actors.messages import LeaseAnswer, NodeRenewal, ProcessName
 from actors.process_proof import start_time_of
 from tests.unit.actors.nodes import FakeNode
 from tests.unit.actors.planes import child_process, run, until
+from tests.unit.actors.test_host_store import KEYS, Rank
+from tests.unit.actors.test_host_store import Node as Tier
 
 LEASE_S = 0.2
 
@@ -161,6 +167,37 @@ def test_the_end_of_a_process_is_told_to_all_who_wait_and_to_those_who_come_late
         assert await node.agent.until_gone(name)
         # a process of another pid namespace is none that could be seen from here
         assert not await node.agent.until_gone(ProcessName(1, 1, "there"))
+        node.close()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("older_than_s", [None, 0.0])
+def test_a_flush_without_an_arena_is_kept_by_the_next_agent(tmp_path: Path, older_than_s: float | None) -> None:
+    """The arena of a dead node is taken over after it."""
+
+    async def scenario() -> None:
+        dead = Tier(tmp_path, name="dead")
+        dead.begin("lineage")
+        writer = Rank(dead, 11, lineage="lineage")
+        await writer.claim_it()
+        assert await writer.write(KEYS[0], epoch=5) == "committed"
+        dead.store.close()
+        controller = FakeController()
+        node = FakeNode("n", lambda: controller, host=Tier(tmp_path).store)
+        node.start()
+        await until(lambda: has_lease(node))
+        order = HostDropOrder(7, older_than_s, controller.term, node.clock.now_s() + 5)
+        assert await node.agent.drop_host(order) == HostDropped(0, 0)
+        node.kill()
+        second = Tier(tmp_path)
+        node.host = second.store
+        node.start()
+        seen = len(controller.renewals)
+        await until(lambda: len(controller.renewals) > seen + 2)
+        heir = Rank(second, 12, lineage="lineage")
+        assert isinstance(await heir.claim_it(), HostPlace)
+        assert not heir.finds(KEYS[0], epoch=5)
         node.close()
 
     run(scenario())
