@@ -87,6 +87,8 @@ class Plan:
         scope = chance.choice((None,) * 7 + ({"namespace": "tenant"}, {"prefix_tokens": [1, 2]}, {"older_than_s": 0.5}))
         if scope is not None:
             arguments["scope"] = scope
+        elif self.host_policy is not None and chance.random() < 0.15:
+            arguments["tiers"] = ["device"]
         elif chance.random() < 0.06:
             arguments["dry_run"] = True
         return arguments

@@ -141,6 +141,10 @@ def _count_from_the_start(self: LeaseBook, lease_s: float, longest_s: float, sta
 _init_leases = LeaseBook.__init__
 
 
+def _deny_in_doubt(self: FlushMachine, message: str, now_s: float) -> Any:
+    return self._give_up("unavailable", f"{message}; no rank was told to flush", now_s)
+
+
 async def _nobody(self: Controller) -> bool:
     return False
 
@@ -177,6 +181,7 @@ _renew = Nodes.renew
 
 _BUSY = {"num_requests": 60, "num_flushes": 12, "length_s": 12.0}
 
+_DOUBTFUL_STORE = StoreFaults(typical_s=0.002, share_slow=0.0, slow_s=0.0, share_failing=0.12, share_preempted=0.0)
 _LATE_STORE = StoreFaults(typical_s=0.02, share_slow=0.0, slow_s=0.0, share_failing=0.0, share_preempted=0.0)
 _DOUBLED = Weather(typical_s=0.005, share_slow=0.2, slow_s=0.5, share_lost=0.0, share_doubled=0.5)
 
@@ -231,6 +236,12 @@ ALL = (
         r"invariant [159]:|is called expired and may match",
         ((LeaseBook, "__init__", _count_from_the_start),),
         _BUSY | {"faults": ("kill_controller", "cut_off"), "num_faults": 9},
+    ),
+    Mutation(
+        "a floor that may rise is denied",
+        r"G4: the floor rises",
+        ((FlushMachine, "_give_up_in_doubt", _deny_in_doubt),),
+        _BUSY | {"modes": ("fence", "retract", "abort"), "store_faults": _DOUBTFUL_STORE},
     ),
     Mutation(
         "a controller whose log was lost does not wait for the end of earlier leases",

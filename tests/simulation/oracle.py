@@ -55,8 +55,9 @@ class Oracle:
         self._instants = itertools.count(1)
         #: epoch or sub-epoch -> instant of its intent, flush that has it
         self._begun: dict[int, tuple[int, str]] = {}
-        #: (flush id, its start) -> index of its intent; and what an answer with no index has said of its ranks
-        self._indices: dict[tuple[str, str], int] = {}
+        #: (flush id, its start) -> index of its intent, and does that raise the floor; and the ranks that an answer
+        #: without an index has called untouched
+        self._indices: dict[tuple[str, str], tuple[int, bool]] = {}
         self._denied: dict[tuple[str, str], set[str]] = {}
         #: namespace, and beginning of prompts -> instant since which KV in this scope may be reused
         self._promised_spaces: dict[str, int] = {}
@@ -100,9 +101,9 @@ class Oracle:
             self.require(index not in self._begun, f"invariant 4: epoch {index} is allotted twice")
             self._begun[index] = (self.now(), record.request.flush_id)
             name = (record.request.flush_id, record.started_at)
-            self._indices[name] = index
+            self._indices[name] = index, record.takes_epoch and record.request.mode in STEP_MODES
             if name in self._denied:
-                self._hold_to(name, record.takes_epoch and record.request.mode in STEP_MODES)
+                self._hold_to(name)
         elif isinstance(record, TakeOver):
             self._newest_term = index
             self._trace.tell("log", f"record {index}: a controller takes over")
@@ -241,7 +242,7 @@ class Oracle:
             if not (status == "expired" and (is_superseded or not answer["success"])):
                 self._check_verdict(incarnation, status, answer)
         if not (answer["epoch"] or answer["sub_epoch"] or answer["dry_run"]):
-            self._deny(answer, rows, arguments.get("scope") is None)
+            self._deny(answer, rows)
         is_late_floor = answer["mode"] not in STEP_MODES and not answer["success"]
         self.require(
             not (is_late_floor and answer["floor_raised"]), f"G4: {answer['mode']} failed and raised the floor"
@@ -249,7 +250,7 @@ class Oracle:
         if answer["success"] and not answer["dry_run"]:
             self._check_success(answer, rows, arguments.get("scope"))
 
-    def _deny(self, answer: dict[str, Any], rows: Mapping[str, str], has_epoch: bool) -> None:
+    def _deny(self, answer: dict[str, Any], rows: Mapping[str, str]) -> None:
         """An answer that names no epoch says of these ranks that the flush will not touch them."""
         name = (answer["flush_id"], answer["started_at"])
         untouched = {incarnation for incarnation, status in rows.items() if status in _UNTOUCHED}
@@ -257,11 +258,11 @@ class Oracle:
             self._trace.count("untouched without an epoch")
             self._denied[name] = untouched
             if name in self._indices:
-                self._hold_to(name, has_epoch and answer["mode"] in STEP_MODES)
+                self._hold_to(name)
 
-    def _hold_to(self, name: tuple[str, str], raises_floor: bool) -> None:
+    def _hold_to(self, name: tuple[str, str]) -> None:
         """The intent of such a flush is in the log."""
-        flush_id, index = name[0], self._indices[name]
+        flush_id, (index, raises_floor) = name[0], self._indices[name]
         self.require(not raises_floor, f"G4: the floor rises to {index} by {flush_id}, said to touch nobody")
         for incarnation in self._denied[name]:
             key = (incarnation, flush_id, index)
@@ -291,7 +292,9 @@ class Oracle:
             # with its next lease an expired one was told the floor
             self.require(self._is_covered(rank, epoch), f"{incarnation} is called {status} and may match below {epoch}")
         elif status == "flushed" and rank.is_serving and epoch:
-            self.require(rank.cache.epoch >= epoch, f"{incarnation} is called flushed and stands below {epoch}")
+            # one that was told before it served swaps before its first match
+            least = max(rank.cache.epoch, rank.words._least_epoch)
+            self.require(least >= epoch, f"{incarnation} is called flushed and stands below {epoch}")
         elif status in _UNTOUCHED and index:
             key = (incarnation, answer["flush_id"], index)
             self.require(not self._executed[key], f"G4: {incarnation} is called {status} and has flushed")
@@ -302,6 +305,8 @@ class Oracle:
     def _check_success(self, answer: dict[str, Any], rows: Mapping[str, str], scope: Mapping[str, Any] | None) -> None:
         """Nobody who serves may match anything older from this instant on."""
         self.require(any(status in ("flushed", "fenced", "joined") for status in rows.values()), "no rank lives")
+        if answer["untouched_tiers"]:
+            return self._check_part(answer, rows)
         epoch = answer["epoch"]
         known = self._begun.get(epoch or answer["sub_epoch"])
         if known is None or known[1] != answer["flush_id"]:
@@ -317,6 +322,18 @@ class Oracle:
             self.promise = Promise(epoch, known[0])
             self.on_promise()
         self._trace.count("promises")
+
+    def _check_part(self, answer: dict[str, Any], rows: Mapping[str, str]) -> None:
+        """It has no epoch: who did not answer itself must be gone, or match nothing before it has a lease again."""
+        self._trace.count(f"{' '.join(answer['tiers'])} flushed")
+        for rank in self._ranks():
+            status = rows.get(rank.incarnation)
+            if rank.is_serving and status is not None and not answer["replayed"]:
+                is_out = status == "expired" and not self._may_match(rank)[0]
+                self.require(
+                    is_out or status in ("flushed", "joined"),
+                    f"section 6: {answer['flush_id']} of {answer['tiers']} succeeded, {rank.incarnation} is {status}",
+                )
 
     def _promise_scope(self, began: int, scope: Mapping[str, Any] | None) -> None:
         """From now on nothing older in this scope; an age says nothing of what was computed a moment before."""

@@ -34,6 +34,8 @@ MUST_HAPPEN = (
         "fence in_progress",
         "promises",
         "scoped promises",
+        "untouched without an epoch",
+        "device flushed",
         "matches",
         "aborts",
     ),
