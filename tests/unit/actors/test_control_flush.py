@@ -293,12 +293,12 @@ class Slow(MemoryStore):
 
 def test_a_slow_log_may_use_the_slack_as_long_as_nobody_was_told() -> None:
     async def scenario() -> None:
-        async with control_plane(Slow(0.26), answer_slack_s=0.4) as plane:
+        async with control_plane(Slow(0.1), answer_slack_s=LATEST_S) as plane:
             await add(plane, *ranks(2))
             begin = time.monotonic()
             answer = await plane.flush(timeout_s=0)
             assert answer["success"], answer
-            assert 0.26 <= time.monotonic() - begin <= 0.4
+            assert 0.1 <= time.monotonic() - begin <= LATEST_S
 
     run(scenario())
 
@@ -311,7 +311,7 @@ def test_a_flush_that_no_rank_was_told_of_has_a_row_for_each() -> None:
             await add(plane, *fleet)
             begin = time.monotonic()
             answer = await plane.flush(timeout_s=0)
-            assert time.monotonic() - begin <= 0.2
+            assert time.monotonic() - begin <= 0.2 + LATEST_S  # the store hangs for ten
             assert (answer["success"], answer["status"]) == (False, "unavailable")
             assert statuses(answer) == ["refused", "refused"]
             assert all(row["message"].startswith("It was not told") for row in answer["ranks"])
