@@ -15,6 +15,7 @@ from cache.control_page import ControlPageWriter, FileIdentity
 from cache.host_eviction import EvictionOrder, LruOrder, SlruOrder
 from cache.host_tier import HostTier
 from cache.processes import Processes
+from cache.shared_file import FileInUse
 from cache.slot_table import Holder
 from configs.errors import ConfigError
 from configs.schema import HostTierSettings
@@ -71,7 +72,8 @@ class ArenaOpener:
         self._opening: asyncio.Task[None] | None = None
         #: bytes of the arena in the making: so far, in all
         self._progress = (0, 0)
-        #: why the last one could not be opened
+        #: the arena asked for last, and why it could not be opened
+        self._identity: FileIdentity | None = None
         self.failure: HostRefused | None = None
 
     @property
@@ -86,12 +88,16 @@ class ArenaOpener:
     async def open(self, identity: FileIdentity, opened: Callable[[OpenArena], None], timeout_s: float) -> None:
         """Begin to open the arena unless one is being opened, and wait a while.
 
-        opened: called on the loop when it is there; `failure` says why it is not.
+        opened: called on the loop when it is there; `failure_of` says why it is not.
         """
         if self._opening is None:
-            self.failure = None
+            self._identity, self.failure = identity, None
             self._opening = asyncio.create_task(self._open(identity, opened), name="open-arena")
         await asyncio.wait({self._opening}, timeout=timeout_s)
+
+    def failure_of(self, identity: FileIdentity) -> HostRefused | None:
+        """Why this arena could not be opened. None: it was another one that was tried last; ask again."""
+        return self.failure if self._identity == identity else None
 
     def close(self) -> None:
         if self._opening is not None:
@@ -102,7 +108,7 @@ class ArenaOpener:
             arena = await self._in_thread(self._open_blocking, identity)
         except ConfigError as error:
             log.error("no host tier: %s", error)
-            self.failure = HostRefused(error.message, is_final=True)
+            self.failure = HostRefused(error.message, is_final=not isinstance(error, FileInUse))
         except OSError as error:
             log.exception("no host tier")
             self.failure = HostRefused(f"the arena cannot be opened: {error.strerror}", is_final=False)

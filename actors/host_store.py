@@ -167,7 +167,7 @@ class HostStore:
             await self._opener.open(identity, self._take, _CLAIM_WAIT_S)
         if self._open is not None and self._open.identity == identity:
             return self._admit(claim, self._open)
-        return self._opener.failure or self._opener.pending
+        return self._opener.failure_of(identity) or self._opener.pending
 
     async def lease(self, caller: HostCaller, num_slots: int) -> SlotLease | None:
         """See HostTier.lease. None, here and below: the caller has not claimed this file; it claims again."""

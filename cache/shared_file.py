@@ -60,6 +60,10 @@ class FilePaths:
         return self.directory / f"{PREFIX}{self.name}.lock"
 
 
+class FileInUse(ConfigError):
+    """Living processes use the file as it is, and it is not what was asked for. It can be made once they have left."""
+
+
 class OwnedFile:
     """The file as its only writer has it: mapped whole and writable, under the writer's lock."""
 
@@ -124,15 +128,16 @@ class FileMaker:
     def open(self, paths: FilePaths) -> OwnedFile:
         """Own the node's file: adopt the one that is there if it is of our lineage and layout, else make it anew.
 
-        A file that does not fit is retired first. Blocks while space is reserved (about 1.3 GB/s) and while an old
-        writer is being ended. Raises ConfigError, leaving no file of ours behind, if the name belongs to a living
-        deployment, the directory cannot be written, or the size does not fit.
+        A file that does not fit is retired first, but not if it is of our lineage and others use it: FileInUse. Blocks
+        while space is reserved (about 1.3 GB/s) and while an old writer is being ended. Raises ConfigError,
+        leaving no file of ours behind, if the name belongs to a living deployment, the directory cannot be written, or
+        the size does not fit.
         """
         with _faults_of(paths.directory):
             lock = lock_as_writer(paths.lock, self.identity.lineage, self.processes, self.clock)
         try:
             with _faults_of(paths.directory):
-                mapping = self._adopt(paths)
+                mapping = self._adopt(paths, lock)
                 was_adopted = mapping is not None
                 if mapping is None:
                     mapping = self._make(paths)
@@ -146,7 +151,7 @@ class FileMaker:
             _advise_huge_pages(mapping, self._geometry.data_offset)
         return OwnedFile(paths, lock, mapping, self.fence, was_adopted)
 
-    def _adopt(self, paths: FilePaths) -> mmap.mmap | None:
+    def _adopt(self, paths: FilePaths, lock: FileLock) -> mmap.mmap | None:
         mapping = map_existing(paths.data)
         if mapping is None:
             paths.data.unlink(missing_ok=True)
@@ -159,6 +164,8 @@ class FileMaker:
             reason = f"it is {len(mapping):,} bytes long, not {self._geometry.file_bytes:,}"
         if reason is None:
             return mapping
+        if self.identity.has_lineage_of(page) and not page.read().is_retired and lock.has_readers():
+            raise FileInUse(f"{paths.data} cannot be used: {reason}; other processes use it")
         logger.warning("%s is discarded: %s", paths.data, reason)
         page.retire()
         paths.data.unlink()

@@ -79,6 +79,11 @@ class FileLock:
         _open_in_this_process.add(os.path.abspath(path))
         return cls(path, fd)
 
+    def has_readers(self) -> bool:
+        """Do other processes map the data? For the writer, who is none of them."""
+        answer = fcntl.fcntl(self._fd, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, 0, _READER_BYTE, 1, 0))
+        return _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK
+
     def record(self, process: ProcessId, lineage: str) -> None:
         """Say who holds the writer's byte, for the one who finds it held for too long."""
         os.ftruncate(self._fd, 0)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.host_messages import HostCaller, HostClaim, HostDropped, HostPlace, HostRefused
+from actors.host_messages import HostCaller, HostClaim, HostDropped, HostPending, HostPlace, HostRefused
 from actors.host_opener import Progress
 from actors.host_store import HostStore, StoreSurroundings
 from actors.messages import ProcessName
@@ -28,7 +28,7 @@ from cache.types import Epoch
 from configs.errors import ConfigError
 from configs.schema import HostTierSettings
 from tests.unit.actors.planes import run, until
-from tests.unit.cache.node_files import HurriedClock, ToldProcesses
+from tests.unit.cache.node_files import HurriedClock, ToldProcesses, held_elsewhere
 
 FENCE = fence_for("x86_64")
 PAGE_BYTES = 4096
@@ -433,6 +433,33 @@ def test_a_node_that_missed_a_flush_waits_until_its_arena_is_open(tmp_path: Path
         assert second.store.raise_drop(7, known_drop=0)
         assert not rank.finds(KEYS[0])
         second.store.close()
+
+    run(scenario())
+
+
+def test_a_restarted_agent_leaves_the_arena_to_the_ranks_that_use_it(tmp_path: Path) -> None:
+    """A rank of another layout claims first; it is told of its own failure, and no other rank is."""
+
+    async def scenario() -> None:
+        node = Node(tmp_path)
+        node.begin()
+        user = Rank(node, 11)
+        await user.claim_it()
+        assert await user.write(KEYS[0]) == "committed"
+        node.store.close()
+        with held_elsewhere(node.paths.lock, "read"):
+            second = Node(tmp_path)
+            second.begin()
+            user.node = second
+            other = Rank(second, 12, layout_digest="other")
+            refused, place = await asyncio.gather(other.claim_it(), user.claim_it())
+            assert isinstance(refused, HostRefused)
+            assert "other processes use it" in refused.message
+            assert not refused.is_final
+            assert isinstance(place, HostPending)
+            assert (await user.claim_it()).nonce == user.caller.nonce
+            assert user.finds(KEYS[0])
+            second.store.close()
 
     run(scenario())
 

@@ -13,7 +13,7 @@ import pytest
 from actors.node_processes import NodeProcesses
 from cache.control_page import FileIdentity
 from cache.orphans import sweep
-from cache.shared_file import FileMaker, FilePaths, attach
+from cache.shared_file import FileInUse, FileMaker, FilePaths, attach
 from cache.shared_words import fence_for
 from cache.writer_lock import FileLock, lock_as_writer
 from configs.errors import ConfigError, InvariantError
@@ -69,6 +69,27 @@ def test_a_file_that_does_not_fit_is_retired_for_those_who_map_it(paths: FilePat
     assert not owned.was_adopted
     assert reader.read().is_retired
     assert not owned.page.read().is_retired
+    owned.retire()
+
+
+@pytest.mark.parametrize(
+    "identity", [replace(IDENTITY, layout_digest="other"), replace(IDENTITY, num_slots=17)], ids=["layout", "size"]
+)
+def test_a_file_that_others_of_the_lineage_use_is_not_retired_for_another_layout(
+    paths: FilePaths, identity: FileIdentity
+):
+    first = maker().open(paths)
+    page = first.page
+    first.close()
+    with held_elsewhere(paths.lock, "read"):
+        with pytest.raises(FileInUse, match="other processes use it"):
+            maker(identity=identity, nonce=2).open(paths)
+        assert not page.read().is_retired
+        again = maker(nonce=3).open(paths)
+        assert again.was_adopted
+        again.close()
+    owned = maker(identity=identity, nonce=4).open(paths)
+    assert page.read().is_retired
     owned.retire()
 
 
