@@ -194,7 +194,7 @@ ALL = (
     ),
     Mutation(
         "key by current epoch at insert",
-        r"invariant 1:",
+        r"invariant [12]:",
         ((DeviceCache, "publish", _publish_under_the_current_epoch),),
         _BUSY | {"modes": ("fence",), "step_s": 0.08},
     ),
