@@ -1,13 +1,15 @@
 """A rank's way to its node's host tier: claims the arena, maps it for the engine, carries the copier's calls.
 
 The copier thread never waits: its calls are queued here, sent one after the other, and answered through the
-`TierAnswers` it connected with. What is not answered in time is answered as lost. When the tier's actor is restarted
-the link claims again: the same file goes on being used, another one is attached in its place. Reading needs no actor.
+`TierAnswers` it connected with. What is not answered in time is answered as lost, and slots given back are told until
+somebody hears of it. When the tier's actor is restarted the link claims again, also if it has nothing to say: the same
+file goes on being used, another one is attached in its place. Reading needs no actor.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -35,6 +37,8 @@ _CALL_TIMEOUT_S = 5.0
 _CLAIM_TIMEOUT_S = 10.0
 #: a call waits this long for a tier that is gone, then it is answered as lost; Ray starts an actor anew in 1 to 3 s
 _PATIENCE_S = 5.0
+#: who has nothing to say asks so often whether the tier still knows it; a flush waits 1 s for an agent's file
+_LOOK_S = 0.5
 #: between two claims while the tier cannot be reached, or its memory is being reserved
 _RETRY_S = 0.5
 #: after a refusal that settings alone can change: a rank of another layout may have left meanwhile
@@ -100,9 +104,14 @@ class HostLink:
         self._tasks.append(running)
 
     async def leave(self) -> None:
-        """Give every slot back: the copier has ended and writes nothing any more. Then `close`."""
-        if self._tier is not None and self._calls is not None:
-            await outcome_within(self._tier.leave_host.remote(self._claim.incarnation), _LEAVE_TIMEOUT_S)
+        """Give every slot back, after all that was asked: the copier has ended and writes nothing. Then `close`.
+
+        Waits for at most 0.5 s; slots that are not given back by then come back with the end of this process.
+        """
+        if self._calls is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LEAVE_TIMEOUT_S):
+                    await self._calls.leave().wait()
 
     def close(self) -> None:
         """Claim and carry nothing any more, and give the file back."""
@@ -123,14 +132,16 @@ class HostLink:
         loop = asyncio.get_running_loop()
         had_tier_s = loop.time()
         while True:
+            pause_s = self._retry_s(answer)
             if isinstance(answer, HostPlace) and await self._take(answer):
                 self.message = ""
                 assert self._calls is not None
-                await self._carry(self._calls)
+                # its actor may be back already; if it answers claims and nothing else, it is not asked at once
+                pause_s = 0.0 if await self._carry(self._calls) else _RETRY_S
                 had_tier_s = loop.time()
             elif self._calls is not None and loop.time() - had_tier_s >= _PATIENCE_S:
                 self.num_lost += self._calls.lose_all()
-            await pause(self._retry_s(answer))
+            await pause(pause_s)
             answer = await self._ask()
 
     def _ended(self, running: asyncio.Task[None]) -> None:
@@ -143,9 +154,6 @@ class HostLink:
             self._calls.end()
 
     def _retry_s(self, answer: HostPlace | HostPending | HostRefused) -> float:
-        """A tier that has just been lost is asked at once: its actor may be back already."""
-        if isinstance(answer, HostPlace):
-            return 0.0 if self.message == "" else _RETRY_S
         is_final = isinstance(answer, HostRefused) and answer.is_final
         return _REFUSED_RETRY_S if is_final else _RETRY_S
 
@@ -206,14 +214,16 @@ class HostLink:
     async def _warm(self, arena: Arena) -> None:
         await self._around.in_thread(self._around.warm, arena)
 
-    async def _carry(self, calls: _Calls) -> None:
-        """Carry calls until the tier has to be claimed again."""
+    async def _carry(self, calls: _Calls) -> bool:
+        """Carry calls until the tier has to be claimed again. False: not one was answered."""
+        has_answered = False
         while True:
             call = await calls.next()
             assert self._tier is not None
             outcome = await outcome_within(call.send(self._tier), _CALL_TIMEOUT_S)
             if isinstance(outcome, Answered) and outcome.value is not None and outcome.value is not False:
                 call.answered(outcome.value)
+                has_answered = True
                 continue
             # None or False: the actor was restarted, or the file is another one
             if not isinstance(outcome, Answered):
@@ -221,8 +231,8 @@ class HostLink:
                 self._tier = None
             if not calls.try_again(call):
                 call.lost()
-                self.num_lost += 1
-            return
+                self.num_lost += call.has_answer
+            return has_answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +242,8 @@ class _Call:
     lost: Callable[[], None]
     #: carried out twice it does the same as once
     may_repeat: bool = False
+    #: somebody waits for it
+    has_answer: bool = True
 
 
 class _Calls:
@@ -290,15 +302,32 @@ class _Calls:
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
+    def leave(self) -> asyncio.Event:
+        """Give the claim up, after the calls that were made before; set when that is done, or is lost."""
+        left, incarnation = asyncio.Event(), self.caller.incarnation
+
+        def answered(is_done: bool) -> None:
+            left.set()
+
+        self._put(_Call(lambda tier: tier.leave_host.remote(incarnation), answered, left.set, has_answer=False))
+        return left
+
     async def next(self) -> _Call:
-        """The next call to carry, in the order in which they were made; what has no answer goes first."""
+        """The next call to carry, in the order in which they were made; what has no answer goes first.
+
+        If there is none for a while, one that tells nothing.
+        """
         while True:
             if any(self._news):
                 return self._take_news()
             if self._queue:
                 return self._queue.popleft()
             self._has_work.clear()
-            await self._has_work.wait()
+            try:
+                async with asyncio.timeout(_LOOK_S):
+                    await self._has_work.wait()
+            except TimeoutError:
+                return self._take_news()
 
     def try_again(self, call: _Call) -> bool:
         """Carry a call once more, before all others, if it can be repeated and was not yet."""
@@ -308,9 +337,9 @@ class _Calls:
         return True
 
     def lose_all(self) -> int:
-        """Answer every call that waits as lost; how many they were. What has no answer is dropped."""
+        """Answer every call that waits as lost; how many they were. Of the news, slots given back are kept."""
         waiting, self._queue = self._queue, deque()
-        self._news = ([], [], [])
+        self._news = (self._news[0], [], [])
         for call in waiting:
             call.lost()
         return len(waiting)
@@ -322,7 +351,15 @@ class _Calls:
 
     def _take_news(self) -> _Call:
         news, self._news = self._news, ([], [], [])
-        return _Call(lambda tier: tier.tell_host.remote(self.caller, *news), lambda answer: None, lambda: None)
+
+        def lost() -> None:
+            # or they would stay leased to us for ever; of what was read and found corrupt others will tell
+            self._news[0][:0] = news[0]
+
+        def send(tier: Any) -> Awaitable[Any]:
+            return tier.tell_host.remote(self.caller, *news)
+
+        return _Call(send, lambda answer: None, lost, has_answer=False)
 
     def _lease_failed(self) -> None:
         self._answers.lease_failed()

@@ -206,16 +206,16 @@ class HostStore:
                     log.error("the page in slot %d is not what was committed: out of use", ref.slot)
             return True
 
-    async def leave(self, incarnation: str) -> None:
-        """A rank stops in good order: it writes nothing any more."""
+    async def leave(self, incarnation: str) -> bool:
+        """A rank stops in good order: it writes nothing any more. True, also if it had claimed nothing."""
         async with self._alone:
             opened = self._open
             holder = None if opened is None else opened.holders.pop(incarnation, None)
-            if opened is None or holder is None:
-                return
-            opened.tier.reconcile(holder, ())
-            if not opened.holders:
-                self._around.used(False)
+            if opened is not None and holder is not None:
+                opened.tier.reconcile(holder, ())
+                if not opened.holders:
+                    self._around.used(False)
+        return True
 
     # --------------------------------------------------------------------------------------------------------- flushes
     async def drop_all(self, drop: int) -> HostDropped:

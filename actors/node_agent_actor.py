@@ -113,9 +113,9 @@ class NodeAgentActor:
         """See HostStore.tell."""
         return await self._host.tell(caller, returned, touched, corrupt)
 
-    async def leave_host(self, incarnation: str) -> None:
+    async def leave_host(self, incarnation: str) -> bool:
         """See HostStore.leave."""
-        await self._host.leave(incarnation)
+        return await self._host.leave(incarnation)
 
     # --- the host tier, for the controller ----------------------------------------------------------------------------
 

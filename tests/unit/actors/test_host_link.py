@@ -364,3 +364,111 @@ def test_a_new_file_is_attached_in_place_of_the_old_one(tmp_path: Path) -> None:
         world.node.store.close()
 
     run(scenario())
+
+
+@pytest.mark.parametrize("patience_s", [5.0, 0.02])
+def test_slots_given_back_while_the_tier_is_away_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience_s: float
+) -> None:
+    monkeypatch.setattr(host_link, "_PATIENCE_S", patience_s)
+    monkeypatch.setattr(host_link, "_RETRY_S", 0.01)
+
+    async def scenario() -> None:
+        world = World(tmp_path)
+        link = world.link()
+        await link.begin()
+        await until(lambda: len(world.copiers) == 1)
+        copier, actor = world.copier, world.actor
+        assert actor is not None
+        copier.ask(lambda calls: calls.lease(3))
+        await until(lambda: copier.answers == ["leased"])
+        actor.is_lost = True
+        returned = copier.writer.held()[:2]
+        copier.ask(lambda calls: calls.release(returned))
+        copier.ask(lambda calls: calls.lease(1))
+        if patience_s < 1:
+            await until(lambda: copier.answers[1:] == ["lease_failed"])
+        await until(lambda: not link.facts()["is_attached"])
+        world.restart_tier()
+        actor.is_lost = False
+        await until(lambda: link.facts()["is_attached"])
+        copier.ask(lambda calls: calls.lease(1))
+        await until(lambda: copier.answers[-1] == "leased")
+        report = world.node.store.report()
+        assert report is not None
+        assert report.leased == copier.writer.num_ready - len(returned)
+        link.close()
+        world.node.store.close()
+
+    run(scenario())
+
+
+def test_a_rank_with_nothing_to_say_claims_again_when_its_agent_was_restarted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_link, "_LOOK_S", 0.01)
+    monkeypatch.setattr(host_link, "_RETRY_S", 0.01)
+
+    async def scenario() -> None:
+        world = World(tmp_path)
+        link = world.link()
+        await link.begin()
+        await until(lambda: len(world.copiers) == 1)
+        world.restart_tier()
+        report = world.node.store.report
+        await until(lambda: (now := report()) is not None and now.num_ranks == 1)
+        assert link.facts() == {"is_attached": True, "message": "", "num_lost_calls": 0}
+        assert len(world.copiers) == 1
+        link.close()
+        world.node.store.close()
+
+    run(scenario())
+
+
+def test_the_last_commit_comes_before_the_leave(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        link = world.link()
+        await link.begin()
+        await until(lambda: len(world.copiers) == 1)
+        copier, actor = world.copier, world.actor
+        assert actor is not None
+        copier.ask(lambda calls: calls.lease(2))
+        await until(lambda: copier.answers == ["leased"])
+        actor.thawed.clear()
+        copier.ask(lambda calls: calls.lease(1))
+        copier.write(KEYS[0])
+        leaving = asyncio.create_task(link.leave())
+        await asyncio.sleep(0)
+        actor.thawed.set()
+        await leaving
+        assert copier.answers == ["leased", "leased", "committed"]
+        report = world.node.store.report()
+        assert report is not None
+        assert (report.committed, report.leased, report.num_ranks) == (1, 0, 0)
+        link.close()
+        world.node.store.close()
+
+    run(scenario())
+
+
+def test_who_leaves_a_tier_that_does_not_answer_waits_for_a_moment_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_link, "_LEAVE_TIMEOUT_S", 0.02)
+
+    async def scenario() -> None:
+        world = World(tmp_path)
+        link = world.link()
+        await link.begin()
+        await until(lambda: len(world.copiers) == 1)
+        assert world.actor is not None
+        world.actor.thawed.clear()
+        await asyncio.wait_for(link.leave(), 5)
+        report = world.node.store.report()
+        assert report is not None
+        assert report.num_ranks == 1
+        link.close()
+        world.node.store.close()
+
+    run(scenario())
