@@ -67,6 +67,9 @@ _TOLD_BY_THE_FLOOR = (
     "the control log was late: no rank was told to flush, but the floor has risen, and each rank drops what it has "
     "cached before it matches again"
 )
+_TOLD_BY_THE_RECORD = (
+    "the control log was late: no host tier was told in time, but each drops what it holds before its next lease"
+)
 
 
 class NodeView(HostNodes, Protocol):
@@ -181,9 +184,7 @@ class FlushMachine:
     @property
     def can_cancel(self) -> bool:
         """It has not begun to be irrevocable, and is not over."""
-        plan = self.plan
-        is_by_record = plan.raises_floor_first or plan.request.drops_host_alone
-        is_irrevocable = is_by_record or (plan.tells_hosts and self._has_begun)
+        is_irrevocable = self.plan.acts_by_record or (self.plan.tells_hosts and self._has_begun)
         return self.state in ("storing", "running") and not is_irrevocable
 
     @property
@@ -223,6 +224,8 @@ class FlushMachine:
         self.run.index = index
         if self.plan.raises_floor_first:
             self._answer = self._answer | {"floor_raised": True, "epoch": index, "message": _TOLD_BY_THE_FLOOR}
+        elif self.plan.acts_by_record:
+            self._answer = self._answer | {"message": _TOLD_BY_THE_RECORD}
         return [self._store_answer(self._answer)]
 
     def _start(self, index: int, now_s: float) -> list[Command]:
@@ -370,7 +373,7 @@ class FlushMachine:
     def _not_stored(self, message: str, is_final: bool, now_s: float) -> list[Command]:
         commands: list[Command] = []
         match self.state:
-            case "storing" if self.plan.raises_floor_first and not is_final:
+            case "storing" if self.plan.acts_by_record and not is_final:
                 return self._give_up_in_doubt(message, now_s)
             case "storing":
                 return self._give_up("unavailable", f"{message}; no rank was told to flush", now_s)
@@ -428,8 +431,10 @@ class FlushMachine:
         return [Give(self._answer, is_remembered=False)]
 
     def _give_up_in_doubt(self, message: str, now_s: float) -> list[Command]:
-        """Nobody was told, but the intent raises the floor if it is stored: the id is kept until that is known."""
-        message = f"{message}; no rank was told to flush, but the floor may rise: ask again for what became of it"
+        """Nobody was told, but the intent acts if it is stored: the id is kept until that is known."""
+        message = (
+            f"{message}; no rank was told to flush, but the record may drop it all: ask again for what became of it"
+        )
         rows = self.run.not_told("unreachable", f"It was not told: {message}")
         self._answer = self._unbegun("unavailable", message, rows, now_s)
         return self._give(self._answer)

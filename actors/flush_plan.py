@@ -59,6 +59,11 @@ class FlushPlan:
         return self.takes_epoch and self.request.mode in STEP_MODES
 
     @property
+    def acts_by_record(self) -> bool:
+        """Its record alone has every node drop what it names, with its next lease at the latest."""
+        return self.raises_floor_first or self.request.drops_host_alone
+
+    @property
     def counts_fenced(self) -> bool:
         """A floor on the page that a rank reads suffices without its answer."""
         return self.takes_epoch and self.request.mode == "fence"

@@ -438,7 +438,7 @@ def test_a_floor_that_was_stored_with_a_late_intent_is_told_as_it_is(mode: str, 
     (given,) = flush.all(events.Give)
     assert given.is_remembered
     assert flush.given == ["unreachable"]
-    assert "the floor may rise" in flush.answer["message"]
+    assert "may drop it all" in flush.answer["message"]
     flush.stored()
     assert flush.told == []
     assert flush.outcome.answer["floor_raised"]
@@ -447,6 +447,22 @@ def test_a_floor_that_was_stored_with_a_late_intent_is_told_as_it_is(mode: str, 
     assert isinstance(amend, events.Amend)
     assert amend.answer["floor_raised"]
     assert not amend.answer["success"]
+
+
+def test_a_drop_of_host_tiers_that_may_be_stored_is_never_denied() -> None:
+    flush = Flush(
+        0,
+        nodes=TestNodes(hosts={"node-0": HostReport("ready")}),
+        limits=replace(LIMITS, tiers=("device", "host")),
+        tiers=["host"],
+    )
+    flush.say(events.NotStored("the control log cannot be written"))
+    assert flush.given == ["unreachable"]
+    flush.stored()
+    (amend,) = flush.say(events.OutcomeStored())
+    assert isinstance(amend, events.Amend)
+    assert (amend.answer["success"], amend.answer["floor_raised"]) == (False, False)
+    assert "before its next lease" in amend.answer["message"]
 
 
 def test_an_id_is_free_again_when_its_intent_is_known_to_be_missing() -> None:
