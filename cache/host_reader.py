@@ -103,6 +103,11 @@ class HostReader:
         #: pages to report to the writer
         self.corrupt: deque[SlotRef] = deque(maxlen=_MAX_TOLD)
 
+    @property
+    def drop(self) -> int:
+        """The tier's drop number now."""
+        return self._page.read().drop
+
     def look_up(self, keys: PageKeys, epoch: Epoch, birth_floor_ns: int = 0) -> HostMatch:
         """The longest leading part of `keys` that can be loaded now. 512 keys take less than 100 us; copies no page.
 

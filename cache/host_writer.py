@@ -44,12 +44,19 @@ class HostWriter:
 
     def accept(self, lease: SlotLease) -> None:
         """Slots that the tier has leased to us. Those of an older drop number can commit no more: they go back."""
-        if lease.drop != self._drop:
-            self._to_give_back += self._ready
-            self._ready = []
-            self._drop = lease.drop
+        self.keep_up(lease.drop)
+        if lease.drop < self._drop:
+            self._to_give_back += lease.slots
+            return
         # taken from the end; so the tier's order is kept
         self._ready[:0] = reversed(lease.slots)
+
+    def keep_up(self, drop: int) -> None:
+        """The tier has this drop number: slots leased under an older one can commit no more and go back."""
+        if drop > self._drop:
+            self._to_give_back += self._ready
+            self._ready = []
+            self._drop = drop
 
     def write(self, key: bytes, epoch: Epoch, birth_ns: int, source: PageView) -> bool:
         """Copy `source` into a leased slot. False: there is none, the page is dropped and counted.

@@ -35,6 +35,11 @@ class HostView(Protocol):
         """Of the attachment; jobs carry it."""
         ...
 
+    @property
+    def drop(self) -> int:
+        """Flushes of the tier alone that it has seen, now; what is ordered under one does not outlive it."""
+        ...
+
     def find(self, keys: PageKeys, epoch: Epoch, born_after_s: float) -> HostFound:
         """The longest leading part of `keys` that can be loaded now and has no KV from before `born_after_s`."""
         ...
@@ -71,6 +76,8 @@ class WriteJob:
     #: under which the pages were computed
     epoch: Epoch
     birth_ns: int
+    #: of the tier when the copy was ordered: under a higher one none of its pages may be committed
+    drop: int = 0
 
 
 CopyJob: TypeAlias = LoadJob | WriteJob

@@ -251,6 +251,9 @@ class HostCopier:
     def _why_no_more(self, write: _Write, ledger: TierLedger | None) -> str:
         if ledger is None:
             return "tier_gone"
+        # Before each part: slots of this number cannot commit under a later one, and a job never gets slots of another.
+        if ledger.current_drop() != write.job.drop:
+            return "old_drop"
         if ledger.may_write:
             write.give_up_s = math.inf
             return ""

@@ -301,7 +301,8 @@ class HostDesk:
     def _write(
         self, view: HostView, copy: PageHold, keys: PageKeys, pages: NDArray[np.int32], positions: list[int] | None
     ) -> None:
-        job = WriteJob(self._next_id(), view.number, keys, pages, copy.epoch, view.boot_ns(copy.birth_s))
+        birth_ns = view.boot_ns(copy.birth_s)
+        job = WriteJob(self._next_id(), view.number, keys, pages, copy.epoch, birth_ns, view.drop)
         self._begin(_OpenCopy(job, copy, len(pages), None, positions))
 
     def _load_ended(

@@ -25,6 +25,10 @@ class MappedView:
         self._reader = reader
         self._boot_offset_ns = boot_offset_ns
 
+    @property
+    def drop(self) -> int:
+        return self._reader.drop
+
     def find(self, keys: PageKeys, epoch: Epoch, born_after_s: float) -> HostFound:
         floor_ns = 0 if born_after_s == -math.inf else self.boot_ns(born_after_s)
         match = self._reader.look_up(keys, epoch, floor_ns)

@@ -58,6 +58,12 @@ class TierLedger:
         """No slot will come without a new question."""
         return self._is_refused and not self._is_leasing
 
+    def current_drop(self) -> int:
+        """The tier's drop number now; from here on slots of an older one are not written."""
+        drop = self.reader.drop
+        self.writer.keep_up(drop)
+        return drop
+
     def note_work(self) -> None:
         """There is something new to write: worth another question."""
         self._is_refused = False

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cache.keys import KEY_BYTES, PageKeys
 from cache.types import Epoch
-from engine.copy_jobs import CopyJob, HostFound, LoadJob
+from engine.copy_jobs import CopyJob, HostFound, LoadJob, WriteJob
 from engine.events import CopyEnded, Event
 from engine.host_calls import TierPlace
 from tests.fakes import FakeRunner, PageContent
@@ -34,10 +34,17 @@ class FakeTier:
 
     number: int = 1
     pages: dict[bytes, StoredPage] = field(default_factory=dict)
+    #: flushes of the tier alone
+    drop: int = 0
     #: raised behind the ranks by a flush by age
     birth_floor_s: float = 0.0
     #: called before each look
     before_look: Callable[[], None] = lambda: None
+
+    def drop_all(self) -> None:
+        """A flush of the tier alone."""
+        self.drop += 1
+        self.pages.clear()
 
     def find(self, keys: PageKeys, epoch: Epoch, born_after_s: float) -> HostFound:
         self.before_look()
@@ -92,7 +99,8 @@ class FakeCopier:
     def end(self, index: int, num_done: int) -> CopyJob:
         """The copy ends now, with its first `num_done` pages at most. Bytes are read and written at the last moment."""
         job = self.open.pop(index)
-        is_current = job.tier == self.tier.number
+        is_void = isinstance(job, WriteJob) and job.drop != self.tier.drop
+        is_current = job.tier == self.tier.number and not is_void
         num_done = min(num_done, len(job.pages)) if is_current else 0
         pages = job.pages[:num_done].tolist()
         if isinstance(job, LoadJob):
@@ -100,7 +108,7 @@ class FakeCopier:
         else:
             for key, page in zip(split_keys(job.keys), pages, strict=False):
                 self.tier.pages[key] = StoredPage(self.runner.page_content(page), job.epoch, job.birth_ns / 1e9)
-        reason = "" if num_done == len(job.pages) else "no_slot"
+        reason = "" if num_done == len(job.pages) else "old_drop" if is_void else "no_slot"
         self._post(CopyEnded(job.copy_id, num_done, reason))
         return job
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
 from cache.write_policy import WritePolicy
-from engine.copy_jobs import LoadJob
+from engine.copy_jobs import LoadJob, WriteJob
 from engine.events import CheckDue, TierAttached
 from engine.host_calls import HostSettings
 from tests.fake_host import FakeCopier, FakeTier
@@ -50,6 +50,7 @@ class WriteBackMachine(SchedulerMachine):
             host=settings,
             copier=self.copier,
         )
+        self.void_writes: set[int] = set()
         self.copier.runner = rank.runner
         rank.loop.post(TierAttached(self.tier, "lineage"))
         return rank
@@ -83,10 +84,15 @@ class WriteBackMachine(SchedulerMachine):
                 for _ in range(min(ends, len(self.copier.open))):
                     self._end(0, 1000)
 
-    @rule(is_new=st.booleans(), fate=st.sampled_from(["nothing", "nothing", "nothing", "back", "back", "gone"]))
-    def tier_is_lost(self, is_new: bool, fate: str) -> None:
-        """Its actor has died; perhaps it is back at once, with its pages or without."""
+    @rule(is_new=st.booleans(), fate=st.sampled_from(["nothing", "flushed", "flushed", "back", "back", "gone"]))
+    def tier_is_lost_or_flushed(self, is_new: bool, fate: str) -> None:
+        """Its actor has died; perhaps it is back at once, with its pages or without. Or it is flushed by itself."""
         if fate == "nothing":
+            return
+        if fate == "flushed":
+            self.void_writes |= {job.copy_id for job in self.copier.open if isinstance(job, WriteJob)}
+            self.tier.drop_all()
+            totals["tier flushed amid writes"] += bool(self.void_writes)
             return
         self.tier.number += 1
         if is_new:
@@ -108,7 +114,10 @@ class WriteBackMachine(SchedulerMachine):
         return super()._turn()
 
     def _end(self, index: int, num_done: int) -> None:
+        before = dict(self.tier.pages)
         job = self.copier.end(index, num_done)
+        if job.copy_id in self.void_writes:
+            assert self.tier.pages == before, "G3: it was on its way into the tier at the flush"
         totals["load ended" if isinstance(job, LoadJob) else "write ended"] += 1
 
     def come_to_rest(self) -> None:
@@ -146,6 +155,7 @@ MACHINES: dict[str, type[WriteBackMachine]] = {
 }
 _MUST = (
     *("load ended", "write ended", "loaded pages", "written pages", "dropped pages", "known pages", "tier lost"),
+    "tier flushed amid writes",
     *("begun anew", "retractions", "evicted pages", "floor swaps", "steps after a scoped flush", "wait flushed"),
     *("publishes refused for taint", "uncached admissions", "ended with abort", "ended with length"),
 )
@@ -158,7 +168,7 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("policy", list(MACHINES))
 def test_copies_that_end_whenever_they_like_harm_nobody(policy: str) -> None:
-    run_machine(MACHINES[policy], 50, _MUST)
+    run_machine(MACHINES[policy], 100, _MUST)
 
 
 @pytest.mark.deep

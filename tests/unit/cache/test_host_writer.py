@@ -69,6 +69,17 @@ def test_a_newer_lease_sends_older_slots_back():
     assert len(rank.writer.take_returns()) == 2
 
 
+def test_a_lease_from_before_a_host_flush_goes_back_whenever_it_comes():
+    node = HostNode()
+    rank = node.new_rank()
+    late = node.tier.lease(rank.holder, 2)
+    node.tier.drop_all()
+    rank.writer.keep_up(node.page.read().drop)
+    rank.writer.accept(late)
+    assert rank.writer.num_ready == 0
+    assert rank.writer.take_returns() == list(late.slots)
+
+
 def test_what_is_held_is_what_may_still_be_written_or_committed():
     node = HostNode()
     rank = node.new_rank()

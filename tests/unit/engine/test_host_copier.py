@@ -59,9 +59,9 @@ class Copying:
     def view(self, page: int) -> PageView:
         return self.pool.page_bytes(page).numpy()
 
-    def write(self, pages: Sequence[int], copy_id: int = 1, tier: int = 1, epoch: int = 0) -> None:
+    def write(self, pages: Sequence[int], copy_id: int = 1, tier: int = 1, epoch: int = 0, drop: int = 0) -> None:
         keys = b"".join(map(key_of, pages))
-        self.copier.start([WriteJob(copy_id, tier, keys, np.array(pages, np.int32), Epoch(epoch), 7)])
+        self.copier.start([WriteJob(copy_id, tier, keys, np.array(pages, np.int32), Epoch(epoch), 7, drop)])
 
     def load(self, keys_of: Sequence[int], targets: Sequence[int], copy_id: int = 2, tier: int = 1) -> None:
         match = self.reader.look_up(b"".join(map(key_of, keys_of)), Epoch(0))
@@ -143,6 +143,40 @@ def test_a_copy_from_before_a_flush_is_refused_when_it_lands() -> None:
         assert parts.ended().num_pages == 2
         parts.wait_for_commits(2)
         assert parts.outcomes == {"below_floor": 2}
+
+
+def test_a_flush_of_the_tier_ends_a_write_that_is_half_copied() -> None:
+    """G3: the rest of it would get slots of the new drop number and be found."""
+    with copying(max_leased=4, lease_batch=4) as parts:
+        flushes = iter([parts.node.tier.drop_all])
+
+        def flush_at_the_first_commit(name: str) -> bool:
+            if name == "commit":
+                next(flushes, lambda: 0)()
+            return False
+
+        parts.node.loses = flush_at_the_first_commit
+        parts.write(range(12))
+        ended = parts.ended()
+        assert (ended.num_pages, ended.reason) == (4, "old_drop")
+        parts.write(range(4), copy_id=2, drop=1)
+        assert parts.ended().num_pages == 4
+        parts.copier.stop()
+        assert parts.node.num_committed == 4
+        assert parts.outcomes["old_drop"] == 4
+
+
+def test_slots_from_before_a_flush_of_the_tier_cost_nothing_behind_it() -> None:
+    with copying() as parts:
+        parts.write([0])
+        assert parts.ended().num_pages == 1
+        parts.wait_for_commits(1)
+        with parts.node.lock:
+            parts.node.tier.drop_all()
+        parts.write(range(3), copy_id=2, drop=1)
+        assert parts.ended().num_pages == 3
+        parts.copier.stop()
+        assert parts.node.num_committed == 3
 
 
 @pytest.mark.parametrize("lost", ["lease", "lease_answer", "commit", "commit_answer", "reconcile"])

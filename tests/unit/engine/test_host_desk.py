@@ -405,6 +405,16 @@ def test_a_copy_in_flight_at_a_scoped_flush_is_never_found() -> None:
     assert rank.cached("second") == (0, 0)
 
 
+def test_a_write_ordered_before_a_flush_of_the_tier_says_so() -> None:
+    rank = HostRank("write_through")
+    rank.submit("r", PROMPT, max_new_tokens=1)
+    while rank.turn():
+        pass
+    rank.tier.drop_all()
+    rank.end_copies()
+    assert (rank.tier.pages, rank.host.drops) == ({}, {"old_drop": 5})
+
+
 def test_scoped_flushes_of_before_are_told_with_the_tier(warm: Warm) -> None:
     rank = warm()
     rank.loop.post(TierAttached(rank.tier, "lineage", ((FlushScope(namespace=""), 9),)))
