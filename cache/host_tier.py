@@ -205,15 +205,17 @@ class HostTier:
         """What is wrong between memory, table and index, in words; empty when sound. O(slots), changes nothing."""
         return [violation.text for violation in violations(self)]
 
-    def heal(self) -> list[str]:
-        """As `sanity_check`, and puts every slot that is named into quarantine. Never raises; for a timer."""
-        found = violations(self)
+    def violations(self) -> list[Violation]:
+        """What is wrong, for `isolate`. As `sanity_check`; in any thread while nobody changes the tier."""
+        return violations(self)
+
+    def isolate(self, found: Sequence[Violation]) -> None:
+        """Put every slot that is named into quarantine. Never raises; O(slots) for each."""
         for violation in found:
             self._isolate(violation)
         if found:
             self.num_by_version = count_by_version(self.table, self.order)
         self.events["violations"] += len(found)
-        return [violation.text for violation in found]
 
     def _commit_one(self, holder: Holder, entry: PageEntry, words: NodeWords) -> CommitOutcome:
         ref = SlotRef(entry.slot, entry.generation)

@@ -414,7 +414,7 @@ class HostWorld:
         self.seen["flips"] += 1
         for ref in reader.corrupt:
             self.tier.report_corrupt(ref)
-        self.tier.heal()
+        self.tier.isolate(self.tier.violations())
         self.show()
         # what a reader has found before does not outlive the fault: generations may have gone back
         self.tickets.clear()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.audit_log import InThread
 from actors.host_messages import HostCaller, HostClaim, HostDropped, HostPending, HostPlace, HostRefused
 from actors.host_opener import Progress
 from actors.host_store import HostStore, StoreSurroundings
@@ -46,11 +47,12 @@ class Node:
         self.used: list[bool] = []
         self.file: OwnedFile | None = None
         self.refuse: Callable[[], None] = lambda: None
+        self.in_thread: InThread = asyncio.to_thread
         self._ends: dict[int, asyncio.Event] = {}
         self.store = HostStore(
             settings,
             StoreSurroundings(
-                str(directory), self.paths.name, self._open, self.processes, self._until_gone, asyncio.to_thread,
+                str(directory), self.paths.name, self._open, self.processes, self._until_gone, self._in_thread,
                 "here", self.paths.data.exists, lambda: discard(self.paths, FENCE), self.used.append,
             ),
         )  # fmt: skip
@@ -61,6 +63,9 @@ class Node:
         maker = FileMaker(identity, self.processes, HurriedClock(), FENCE, nonce=self.nonce, on_progress=on_progress)
         self.file = maker.open(self.paths)
         return self.file
+
+    async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return await self.in_thread(function, *arguments)
 
     async def _until_gone(self, name: ProcessName) -> bool:
         await self._ends.setdefault(name.pid, asyncio.Event()).wait()
@@ -479,6 +484,36 @@ def test_the_check_on_a_timer_takes_bad_slots_out_of_use(tmp_path: Path) -> None
         assert report is not None
         assert report.quarantined >= 1
         assert await rank.write(KEYS[1]) == "committed"
+        checking.cancel()
+        store.close()
+
+    run(scenario())
+
+
+def test_the_check_changes_nothing_in_its_thread(tmp_path: Path) -> None:
+    """The loop reports and raises floors meanwhile, from the same counts."""
+
+    async def scenario() -> None:
+        node = Node(tmp_path)
+        store = node.begin()
+        rank = Rank(node, 11)
+        await rank.claim_it()
+        await rank.write(KEYS[0])
+        before = store.report()
+        looks: list[bool] = []
+
+        async def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
+            found = await asyncio.to_thread(function, *arguments)
+            looks.append(store.report() == before and store.events["violations"] == 0)
+            return found
+
+        node.in_thread = in_thread
+        assert node.file is not None
+        node.file.arena().slots[16] = 99  # a stray write on the state of slot 1
+        checking = asyncio.create_task(store.run_checks())
+        await until(lambda: store.events["violations"] > 0)
+        assert looks == [True]
+        assert store.report() != before
         checking.cancel()
         store.close()
 
