@@ -156,7 +156,7 @@ class SchedulerActor:
         await asyncio.to_thread(self._thread.join, _LAST_STEP_S)
         if self._thread.is_alive():
             log.warning("rank %d: the step under way did not end within %.1f s of the stop", self._rank, _LAST_STEP_S)
-        elif self._host is not None:
+        elif self._host is not None and not self._engine.loop.is_copying:
             # the copier ended with the engine's thread: nothing is written to a slot any more
             await self._host.leave()
         if self._host is not None:

@@ -97,6 +97,8 @@ class HostCopier:
         self._next_write_s = -math.inf
         self._is_stopping = False
         self._thread: Thread | None = None
+        #: told to end
+        self._ending: Thread | None = None
 
     # --------------------------------------------------------------------------------------------------- any thread
     def connect(self, post: Callable[[Event], None]) -> None:
@@ -114,12 +116,17 @@ class HostCopier:
         """Begin these, in this order. The pages they name belong to them until their `CopyEnded`."""
         self._inbox.put(partial(self._take, jobs))
 
-    def stop(self) -> None:
-        """Commit what is written, give slots back, end. Returns when the thread has ended; twice is once."""
+    def stop(self) -> bool:
+        """Commit what is written, give slots back, end; twice is once. Returns when the thread has ended.
+
+        False: the page under way took too long; the thread may still write to its slot.
+        """
         thread, self._thread = self._thread, None
         if thread is not None:
+            self._ending = thread
             self._inbox.put(self._begin_stop)
             thread.join(_JOIN_S)
+        return self._ending is None or not self._ending.is_alive()
 
     # ------------------------------------------------------------------------------------------------ copier thread
     def _run(self) -> None:

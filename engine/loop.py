@@ -71,7 +71,7 @@ class Copier(Protocol):
 
     def start(self, jobs: Sequence[CopyJob]) -> None: ...
 
-    def stop(self) -> None: ...
+    def stop(self) -> bool: ...
 
 
 class StepObserver(Protocol):
@@ -127,6 +127,8 @@ class EngineLoop:
         self._snapshot = scheduler.snapshot()
         self._gate = FlushGate(on_flush)
         self._copier = copier
+        #: the copier did not end with `close`: it may still write to a slot of the host tier
+        self.is_copying = False
         self._observer = observer
         self._num_tiers = 0
         #: CLOCK_BOOTTIME minus our clock, now: in which births of pages are told to other processes
@@ -167,7 +169,7 @@ class EngineLoop:
     def close(self) -> None:
         """End the copier, if there is one. `run` does so itself; for engines driven by `generate` or `turn`."""
         if self._copier is not None:
-            self._copier.stop()
+            self.is_copying = not self._copier.stop()
 
     def snapshot(self) -> EngineSnapshot:
         """The engine as it was between two of its moves, not older than the step it is in."""

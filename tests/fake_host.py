@@ -86,8 +86,9 @@ class FakeCopier:
     def start(self, jobs: Sequence[CopyJob]) -> None:
         self.open += jobs
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
         """There is no thread."""
+        return True
 
     def scribble(self) -> None:
         """Loads under way may write into their targets at any time."""

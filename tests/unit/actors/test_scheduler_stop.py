@@ -32,6 +32,44 @@ def test_stopping_waits_for_the_step_under_way() -> None:
     run(scenario())
 
 
+class Link:
+    """A link to a host tier that is only told of the end."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    async def leave(self) -> None:
+        self.heard.append("leave")
+
+    def close(self) -> None:
+        self.heard.append("close")
+
+
+class Copier:
+    """Whose last page took as long as it says."""
+
+    def __init__(self, has_ended: bool) -> None:
+        self.has_ended = has_ended
+
+    def stop(self) -> bool:
+        return self.has_ended
+
+
+@pytest.mark.parametrize(("has_ended", "heard"), [(True, ["leave", "close"]), (False, ["close"])])
+def test_slots_are_given_back_only_if_nothing_is_written_to_them(
+    monkeypatch: pytest.MonkeyPatch, has_ended: bool, heard: list[str]
+) -> None:
+    async def scenario() -> None:
+        async with rank_and_fleet() as (rank, _):
+            link = Link()
+            monkeypatch.setattr(rank.actor, "_host", link)
+            monkeypatch.setattr(rank.engine, "_copier", Copier(has_ended))
+            await rank.actor.stop()
+            assert link.heard == heard
+
+    run(scenario())
+
+
 def test_a_step_that_outlives_the_stop_and_the_loop_ends_quietly(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

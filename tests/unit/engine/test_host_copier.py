@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,10 +11,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from cache.arena import PageView
 from cache.host_reader import HostReader, Verification
 from cache.types import Epoch
+from engine import host_copier
 from engine.copy_jobs import HostFound, LoadJob, WriteJob
 from engine.events import CopyEnded, Event, PagesCommitted
 from engine.host_calls import HostSettings
@@ -251,6 +254,30 @@ def test_stopping_gives_every_slot_back_and_ends_what_is_open() -> None:
         counts = parts.node.tier.counts()
         assert (counts.leased, counts.committed) == (0, 1)
         parts.copier.stop()
+
+
+def test_a_page_that_outlives_the_stop_is_said_to_be_copied_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_copier, "_JOIN_S", 0.01)
+    is_inside, may_go_on = threading.Event(), threading.Event()
+    with copying() as parts:
+        fetch = parts.store.fetch
+
+        def slow(pages: NDArray[np.int32]) -> Sequence[PageView]:
+            is_inside.set()
+            assert may_go_on.wait(10)
+            return fetch(pages)
+
+        monkeypatch.setattr(parts.store, "fetch", slow)
+        parts.write([0])
+        assert is_inside.wait(10)
+        assert not parts.copier.stop()
+        assert not parts.copier.stop()
+        may_go_on.set()
+        assert parts.ended().num_pages == 1
+        thread = parts.copier._ending
+        assert thread is not None
+        thread.join(10)
+        assert parts.copier.stop()
 
 
 def test_calls_that_fail_cost_the_tier_and_no_job(caplog: pytest.LogCaptureFixture) -> None:
