@@ -280,11 +280,17 @@ class Scheduler:
         return [Row(sequence, 1) for sequence in wanting if self._make_room(sequence, now_s)]
 
     def _make_room(self, sequence: Sequence, now_s: float) -> bool:
-        """Pages for all its tokens; False if it had to give way itself, now or to an older one before."""
+        """Pages for all its tokens; False if it gave way itself, now or to an older one before, or waits for copies.
+
+        Who waits for a load does not give way: the load would keep the pages. Once it has ended, he can.
+        """
         while (hold := sequence.hold) is not None:
             if sequence.num_tokens <= hold.num_tokens_capacity or self._cache.try_extend(hold, sequence.num_tokens):
                 return True
-            self._roster.retract(self._roster.running[-1], now_s, may_publish=True)
+            youngest = next(other for other in reversed(self._roster.running) if other.load is None)
+            if youngest is sequence and self.num_copies_in_flight:
+                return False
+            self._roster.retract(youngest, now_s, may_publish=True)
         return False
 
     def _admitted_rows(self, budget: int, now_s: float) -> Iterator[Row]:

@@ -174,6 +174,26 @@ def test_pages_of_an_aborted_load_come_back_when_it_has_ended(warm: Warm) -> Non
     assert rank.cache.counts().free == 16
 
 
+def test_the_oldest_does_not_give_way_to_a_load_that_keeps_its_pages(warm: Warm) -> None:
+    rank = warm()
+    old = rank.submit("old", list(range(20, 53)), max_new_tokens=20, ignore_eos=True)
+    rank.turn()
+    young = rank.submit("young", PROMPT, max_new_tokens=2, ignore_eos=True)
+    while rank.turn():
+        pass
+    assert (len(rank.loads), rank.cache.counts().free) == (1, 0)
+    assert [sequence.request_id for sequence in rank.scheduler.running] == ["old", "young"]
+    rank.copier.end(0, 1000)
+    while rank.turn() or rank.copier.open:
+        rank.end_copies()
+    for request in (old, young):
+        assert rank.token_ids(request.request_id) == foretell(request, rank.max_total).token_ids
+    last = rank.answers["old"].last
+    assert last is not None
+    assert last.stats is not None
+    assert last.stats.num_retractions == 0
+
+
 def test_two_requests_with_one_prompt_load_it_once(warm: Warm) -> None:
     rank = warm()
     for number in range(2):
