@@ -92,7 +92,9 @@ class HostDesk:
         if self._roots.begin_lineage(lineage):
             self._cache.index.table.keys[:] = [b""] * len(self._cache.index.table.keys)
         for scope, sub_epoch in sub_epochs:
-            self._raise_sub_epoch(scope, sub_epoch)
+            # what was recorded before the epoch began is part of it, and was forgotten with it
+            if sub_epoch > self._epoch:
+                self._raise_sub_epoch(scope, sub_epoch)
 
     def swapped(self, epoch: Epoch) -> None:
         """All tiers were flushed: scoped flushes of before are part of that."""

@@ -442,6 +442,18 @@ def test_scoped_flushes_of_before_are_told_with_the_tier(warm: Warm) -> None:
     assert rank.cached("second") == (0, 0)
 
 
+def test_scoped_flushes_of_before_the_epoch_are_not_made_again(warm: Warm) -> None:
+    rank = warm()
+    assert rank.flush("fence", epoch=12, tiers=("device", "host")).status == "flushed"
+    rank.ask("second")
+    rank.loop.post(TierAttached(rank.tier, "lineage", ((FlushScope(namespace=""), 9),)))
+    rank.ask("third")
+    assert rank.cached("third") == (20, 0), "the device keeps its pages"
+    rank.forget_device()
+    rank.ask("fourth")
+    assert rank.cached("fourth") == (0, 20), "and so do the keys"
+
+
 def test_another_lineage_finds_nothing_of_before(warm: Warm) -> None:
     rank = warm()
     rank.loop.post(TierAttached(rank.tier, "another"))
