@@ -10,7 +10,7 @@ With the lease over, or no tier attached, nothing is looked up and nothing is wr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,7 +140,9 @@ class HostDesk:
     def abandon(self, sequence: Sequence) -> None:
         """The sequence leaves while its load is under way: the copy alone owns the pages until it has ended."""
         assert sequence.load is not None, f"{sequence.request_id} waits for no load"
-        self._open[sequence.load].sequence = None
+        # after a violation there may be none
+        if sequence.load in self._open:
+            self._open[sequence.load].sequence = None
         sequence.load = None
 
     # ----------------------------------------------------------------------------------------------------------- writes
@@ -181,19 +183,27 @@ class HostDesk:
         return None
 
     def begin_anew(self) -> None:
-        """After a violation, behind `DeviceCache.begin_anew`: counts are taken again, copies go on to their ends."""
+        """After a violation, behind `DeviceCache.begin_anew`: counts are taken again, copies go on to their ends.
+
+        Nobody waits for them any more: all requests are retracted.
+        """
+        for copy in self._open.values():
+            copy.sequence = None
         self.num_in_flight = sum(copy.num_pages for copy in self._open.values())
         self._num_leaving = sum(
             copy.num_pages for copy in self._open.values() if copy.positions is None and isinstance(copy.job, WriteJob)
         )
 
-    def faults(self) -> list[str]:
-        """What does not agree with the words above, and with the write policy. O(nodes)."""
+    def faults(self, running: Iterable[Sequence]) -> list[str]:
+        """What does not agree with the words above, and with the write policy. O(nodes + running)."""
         faults = list(backing_violations(self._cache.index, self._settings.write_policy))
         if any(copy.hold.is_closed for copy in self._open.values()):
             faults.append("a copy is under way and owns no pages")
         if self.num_in_flight != sum(copy.num_pages for copy in self._open.values()):
             faults.append(f"{self.num_in_flight} pages counted in flight")
+        waited_for = {copy_id: copy.sequence for copy_id, copy in self._open.items() if copy.sequence is not None}
+        if waited_for != {sequence.load: sequence for sequence in running if sequence.load is not None}:
+            faults.append("a request waits for a load that is not under way for it")
         num_holds = sum(hold.is_copy for hold in self._cache.holds)
         if num_holds != len(self._open):
             faults.append(f"{num_holds} holds of {len(self._open)} copies")

@@ -157,7 +157,7 @@ class Scheduler:
             raise self._broken("; ".join(faults))
 
     def _host_faults(self) -> list[str]:
-        return [] if self._host is None else self._host.faults()
+        return [] if self._host is None else self._host.faults(self._roster.running)
 
     def _broken(self, message: str) -> InvariantError:
         return InvariantError(message, self._story.latest())

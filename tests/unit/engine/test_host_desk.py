@@ -11,7 +11,7 @@ from cache.write_policy import WritePolicy
 from configs.errors import InvariantError
 from engine.control_words import ControlWords
 from engine.copy_jobs import HostCounters, LoadJob, WriteJob
-from engine.events import AbortRequested, CopyEnded, TierAttached
+from engine.events import AbortRequested, CheckDue, CopyEnded, TierAttached
 from engine.flush import FlushMode, FlushScope, FlushVerdict
 from engine.flush_gate import PendingFlush
 from engine.flush_policy import COPY_GRACE_S
@@ -192,6 +192,20 @@ def test_the_oldest_does_not_give_way_to_a_load_that_keeps_its_pages(warm: Warm)
     assert last is not None
     assert last.stats is not None
     assert last.stats.num_retractions == 0
+
+
+def test_a_request_that_waits_for_no_load_under_way_is_found_and_computes(warm: Warm) -> None:
+    rank = warm()
+    request = rank.submit("loader", PROMPT, max_new_tokens=2, ignore_eos=True)
+    rank.turn()
+    (sequence,) = rank.scheduler.running
+    sequence.load = 999
+    with pytest.raises(InvariantError, match="waits for a load"):
+        rank.scheduler.check()
+    assert rank.scheduler.handle(CheckDue(), rank.clock.now_s)
+    while rank.turn() or rank.copier.open:
+        rank.end_copies()
+    assert rank.token_ids("loader") == foretell(request, rank.max_total).token_ids
 
 
 def test_two_requests_with_one_prompt_load_it_once(warm: Warm) -> None:
