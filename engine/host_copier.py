@@ -48,8 +48,6 @@ class _Write:
     """A write under way."""
 
     job: WriteJob
-    #: when its turn had come and there was no slot, it waits until then
-    give_up_s: float = math.inf
     num_done: int = 0
     took_s: float = 0.0
 
@@ -93,6 +91,8 @@ class HostCopier:
         self._writes: deque[_Write] = deque()
         #: number of the attachment and what we have of it; None: no tier
         self._tier: tuple[int, TierLedger] | None = None
+        #: while there is no slot, writes wait until then, all of them together; inf: there was one
+        self._give_up_s = math.inf
         #: writes pause until then
         self._next_write_s = -math.inf
         self._is_stopping = False
@@ -170,8 +170,7 @@ class HostCopier:
         if not self._writes:
             return math.inf
         starved = not (self._tier is None or self._tier[1].may_write or self._tier[1].is_refused)
-        give_up_s = self._writes[0].give_up_s
-        until_s = give_up_s if starved and give_up_s < math.inf else self._next_write_s
+        until_s = self._give_up_s if starved and self._give_up_s < math.inf else self._next_write_s
         return max(0.0, until_s - self._clock())
 
     def _attach(self, number: int, place: TierPlace | None) -> None:
@@ -191,6 +190,8 @@ class HostCopier:
             if isinstance(job, LoadJob):
                 self._loads.append(job)
                 continue
+            if not self._writes:
+                self._give_up_s = math.inf
             self._writes.append(_Write(job))
             if self._tier is not None:
                 self._tier[1].note_work()
@@ -262,10 +263,10 @@ class HostCopier:
         if ledger.current_drop() != write.job.drop:
             return "old_drop"
         if ledger.may_write:
-            write.give_up_s = math.inf
+            self._give_up_s = math.inf
             return ""
-        write.give_up_s = min(write.give_up_s, self._clock() + SLOT_PATIENCE_S)
-        return "no_slot" if ledger.is_refused or self._clock() >= write.give_up_s else ""
+        self._give_up_s = min(self._give_up_s, self._clock() + SLOT_PATIENCE_S)
+        return "no_slot" if ledger.is_refused or self._clock() >= self._give_up_s else ""
 
     def _write_pages(self, ledger: TierLedger, write: _Write) -> None:
         job, writer = write.job, ledger.writer

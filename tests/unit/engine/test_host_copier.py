@@ -20,7 +20,7 @@ from engine import host_copier
 from engine.copy_jobs import HostFound, LoadJob, WriteJob
 from engine.events import CopyEnded, Event, PagesCommitted
 from engine.host_calls import HostSettings
-from engine.host_copier import HostCopier
+from engine.host_copier import SLOT_PATIENCE_S, HostCopier
 from engine.kv_pool import KvPool
 from engine.page_store import page_store
 from tests.host_tier import HostNode, host_node
@@ -127,6 +127,23 @@ def test_a_host_without_slots_costs_the_pages_at_once() -> None:
         parts.write(range(10))
         ended = parts.ended()
         assert (ended.num_pages, ended.reason) == (3, "no_slot")
+
+
+def test_writes_wait_for_a_slot_together_and_not_one_after_the_other() -> None:
+    with copying() as parts:
+        now_s = 5.0
+        copier = HostCopier(parts.store, parts.settings, lambda: now_s)
+        copier.connect(parts.events.put)
+        copier._attach(1, parts.node.place())
+        jobs = [WriteJob(n, 1, key_of(n), np.array([n], np.int32), Epoch(0), 7) for n in range(3)]
+        copier._take(jobs)
+        copier._write_next(copier._writes[0])
+        assert len(copier._writes) == 3
+        now_s += SLOT_PATIENCE_S
+        for _ in range(3):
+            copier._write_next(copier._writes[0])
+        assert [parts.ended().reason for _ in range(3)] == ["no_slot"] * 3
+        assert not copier._writes
 
 
 def test_jobs_of_another_tier_end_undone() -> None:
