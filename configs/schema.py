@@ -55,7 +55,7 @@ class HostTierSettings(_Settings):
     size_gb: Annotated[float, Field(ge=0, le=65536)] = 0.0
     #: instead of size_gb: share of the memory that is free in `control.shared_dir` at the start
     memory_share: Annotated[float, Field(gt=0, le=0.9)] | None = None
-    #: when a device page is copied: before it is evicted, at its first insert, or at its second hit
+    #: when a device page is copied: before it is evicted, at its first insert, or at its second use
     write_policy: Literal["write_back", "write_through", "write_through_selective"] = "write_back"
     #: of the checksum on every read: each page, one in 16, or none
     verification: Literal["full", "sampled", "off"] = "full"
