@@ -34,7 +34,7 @@ test: check $(INSTALLED_DEV)
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not deep and not gpu" $(PYTEST_ARGS)
 
 test-deep: $(INSTALLED_DEV)
-	$(TEST_ENV) TIDEGATE_DEEP=1 $(BIN)/python -m pytest -m "not gpu and not cluster" --timeout 7200 $(PYTEST_ARGS)
+	$(TEST_ENV) TIDEGATE_DEEP=1 $(BIN)/python -m pytest -m "not gpu" --timeout 7200 $(PYTEST_ARGS)
 
 check: $(INSTALLED_DEV)
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter
@@ -15,7 +16,8 @@ import yaml
 from engine.demo_model import write_demo_model
 from tests.cluster.server import Server, serving, until
 
-TRIALS = 100
+#: a hundred in `make test-deep`: each takes its second
+TRIALS = 100 if os.environ.get("TIDEGATE_DEEP") else 25
 TIMEOUT_S = 1.0
 
 
@@ -81,7 +83,7 @@ def _through_the_door_ms(client: httpx.Client) -> float:
     return (time.monotonic() - begin) * 1000
 
 
-def test_a_hundred_waits_answer_on_time_inside_long_steps(slow_server: Server) -> None:
+def test_waits_answer_on_time_inside_long_steps(slow_server: Server) -> None:
     url = slow_server.url
     late_ms: list[float] = []
     door_ms: list[float] = []
@@ -110,7 +112,7 @@ def test_a_hundred_waits_answer_on_time_inside_long_steps(slow_server: Server) -
     late_ms.sort()
     door_ms.sort()
     for name, times_ms in (("late", late_ms), ("door", door_ms)):
-        print(f"{name}_ms: p50 {times_ms[TRIALS // 2]:.1f}, p99 {times_ms[98]:.1f}, max {times_ms[-1]:.1f}")
+        print(f"{name}_ms: p50 {times_ms[TRIALS // 2]:.1f}, p99 {times_ms[-2]:.1f}, max {times_ms[-1]:.1f}")
     print(Counter(reasons))
     assert traffic.failed == []
     # a rank whose verdict does not arrive in time is named as such, which is as true; it must be rare
@@ -121,5 +123,5 @@ def test_a_hundred_waits_answer_on_time_inside_long_steps(slow_server: Server) -
     # What every call through this door may cost at this moment, on two cores that other processes want as well, is no
     # fault of the flush. An answer that a step had delayed would be seconds late, and all of them would.
     assert late_ms[TRIALS // 2] <= 50
-    assert late_ms[98] <= 50 + door_ms[-1]
+    assert late_ms[-2] <= 50 + door_ms[-1]
     assert late_ms[-1] <= 300 + door_ms[-1]

@@ -20,7 +20,8 @@ from engine.demo_model import write_demo_model
 from tests.cluster.server import Server, marked_processes, serving, until
 from tests.cluster.sse import events
 
-TRIALS = 20
+#: twenty in `make test-deep`: each wait takes its two seconds
+TRIALS = 20 if os.environ.get("TIDEGATE_DEEP") else 4
 TIMEOUT_S = 2.0
 #: long enough to outlive a restart of the controller: the small model takes 10 ms a token
 NUM_TOKENS = 1500
@@ -102,7 +103,7 @@ def known_flush(client: httpx.Client, flush_id: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("mode", "verdict", "late"),
-    # A rank that wakes after the deadline drops the command. Twenty fences take less than the grace of each: the rank
+    # A rank that wakes after the deadline drops the command. The fences take less than the grace of each: the rank
     # that wakes meets all of them at once and takes one at a time.
     [("wait", "unreachable", {"expired_command"}), ("fence", "fenced", {"flushed", "busy"})],
 )
@@ -217,6 +218,7 @@ def test_a_wait_whose_controller_is_killed_is_reported_as_what_it_was(patient: S
     assert following["epoch"] > after["epoch"]
 
 
+@pytest.mark.deep
 def test_a_retract_whose_controller_is_killed_is_finished_by_the_next(patient: Server, client: httpx.Client) -> None:
     before = flush(client, timeout_s=30)
     assert [cached_tokens(client, 1), cached_tokens(client, 1)] == [0, REUSED]
@@ -242,6 +244,7 @@ def is_half_way(client: httpx.Client, before: dict[str, Any]) -> bool:
     return known.get("epoch", 0) > before["epoch"] and len(known.get("waiting_for", ())) == 1
 
 
+@pytest.mark.deep
 def test_a_rank_stopped_beyond_its_health_timeout_is_replaced_and_never_called_flushed(
     small_model: Path, short_home: Path
 ) -> None:
