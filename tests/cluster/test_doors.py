@@ -40,6 +40,7 @@ def test_the_official_client_gets_what_its_schema_says(server: Server) -> None:
         jsonschema.validate(json.loads(choice.message.content or ""), CAT)
 
 
+@pytest.mark.deep
 def test_every_rank_records_the_same_profile(server: Server, tmp_path: Path) -> None:
     with Client(server.url) as client:
         begun = client.start_profile(profile_id="two", profile_by_stage=True, start_step=1, with_stack=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import Counter
@@ -16,8 +15,7 @@ import yaml
 from engine.demo_model import write_demo_model
 from tests.cluster.server import Server, serving, until
 
-#: a hundred in `make test-deep`: each takes its second
-TRIALS = 100 if os.environ.get("TIDEGATE_DEEP") else 25
+TRIALS = 100
 TIMEOUT_S = 1.0
 
 
@@ -83,7 +81,8 @@ def _through_the_door_ms(client: httpx.Client) -> float:
     return (time.monotonic() - begin) * 1000
 
 
-def test_waits_answer_on_time_inside_long_steps(slow_server: Server) -> None:
+@pytest.mark.deep
+def test_a_hundred_waits_answer_on_time_inside_long_steps(slow_server: Server) -> None:
     url = slow_server.url
     late_ms: list[float] = []
     door_ms: list[float] = []
