@@ -257,7 +257,7 @@ class HostStore:
                 violations = await self._around.in_thread(tier.violations)
                 for begin in range(0, len(violations), _ISOLATE_BATCH):
                     tier.isolate(violations[begin : begin + _ISOLATE_BATCH])
-                    await asyncio.sleep(0)
+                    await pause(0)
             for violation in violations[:_MAX_TOLD_VIOLATIONS]:
                 log.error("host tier: %s", violation.text)
 

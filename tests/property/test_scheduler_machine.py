@@ -306,11 +306,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.cache.num_invalidations = 0
         needs_floor_swap = self.rank.words.least_epoch > self.cache.epoch
         began_s = self.rank.clock.now_s
-        oldest = next(iter(self.rank.scheduler.running), None)
-        num_retractions = 0 if oldest is None else oldest.num_retractions
         has_work = self.rank.turn()
-        if oldest is not None and not any(pending.command.mode == "retract" for pending, _ in self.verdicts_of_turn):
-            assert oldest.num_retractions == num_retractions, "the oldest gave way"
         self.cache.num_arrived_at_words = None
         was_flushed = any(v.status == "flushed" and not p.command.dry_run for p, v in self.verdicts_of_turn)
         if not was_flushed and not needs_floor_swap:
