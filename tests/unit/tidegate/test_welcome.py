@@ -12,7 +12,7 @@ from tidegate import welcome
 from tidegate.local_ray import LocalRay
 from tidegate.state_dir import StateDir
 
-RAY = LocalRay("10.0.0.1:6379", "http://127.0.0.1:8265", Path("/home/me/.ray/auth_token"))
+RAY = LocalRay("10.0.0.1:6379", "http://127.0.0.1:8265", Path("/state/auth_token"))
 STATE = StateDir(Path("/state"), Path("/state/ray"))
 
 
@@ -34,7 +34,7 @@ def test_a_job_gets_its_exports() -> None:
     text = _text()
     assert "export RAY_ADDRESS=10.0.0.1:6379\n" in text
     assert "export RAY_AUTH_MODE=token\n" in text
-    assert "export RAY_AUTH_TOKEN_PATH=/home/me/.ray/auth_token\n" in text
+    assert "export RAY_AUTH_TOKEN_PATH=/state/auth_token\n" in text
 
 
 def test_keys_are_named_and_never_shown() -> None:
