@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -186,12 +187,12 @@ def test_a_node_that_renews_while_its_expiry_is_being_stored_gets_no_lease_witho
 
         def __init__(self) -> None:
             super().__init__()
-            self.holds = False
+            self.may_store = threading.Event()
+            self.may_store.set()
 
         def create(self, index: int, data: bytes) -> bool:
-            begin = time.monotonic()
-            while self.holds and b'"flush_outcome"' in data and time.monotonic() - begin < 10:
-                time.sleep(0.001)
+            if b'"flush_outcome"' in data:
+                assert self.may_store.wait(timeout=10), "the test has forgotten to let the store go"
             return super().create(index, data)
 
     async def scenario() -> None:
@@ -202,14 +203,14 @@ def test_a_node_that_renews_while_its_expiry_is_being_stored_gets_no_lease_witho
             far.behave = never
             node = around.node("elsewhere")
             node.kill()
-            store.holds = True
+            store.may_store.clear()
             flushing = asyncio.create_task(plane.flush(timeout_s=10, flush_id="f"))
             await until(lambda: plane._leases.why_not("elsewhere", around.clock.now_s()) is not None)
             assert (await plane.flush_status("f"))["status"] == "pending"
             node.start()
             await until(lambda: "being stored" in node.agent.message)
             assert node.lease_left_s < 0
-            store.holds = False
+            store.may_store.set()
             answer = await flushing
             assert statuses(answer) == ["flushed", "expired"]
             await until(lambda: node.lease_left_s > 0)
