@@ -22,7 +22,7 @@ from actors.log_thread import LogThread
 from actors.metrics import ControlMetrics
 from actors.surroundings import Surroundings
 from configs.schema import ControlSettings
-from engine.flush import Blockers, FlushCommand, FlushVerdict
+from engine.flush import Blockers, FlushCommand, FlushVerdict, Verdict
 from tests.unit.actors.fakes import NODE, FakeRank, rank_record
 from tests.unit.actors.nodes import FakeNode
 
@@ -161,6 +161,16 @@ async def never(command: FlushCommand) -> FlushVerdict:
     raise AssertionError
 
 
+async def silent(*args: Any) -> dict[str, Any]:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+def elsewhere(rank: int, **facts: Any) -> FakeRank:
+    """A rank of another node."""
+    return FakeRank(rank_record(rank, node_id="elsewhere", **facts))
+
+
 def says(status: str, message: str = "") -> Callable[[FlushCommand], Awaitable[FlushVerdict]]:
     async def behave(command: FlushCommand) -> FlushVerdict:
         return FlushVerdict(command.flush_id, status, message, blockers=Blockers(running=2))  # type: ignore[arg-type]
@@ -168,10 +178,10 @@ def says(status: str, message: str = "") -> Callable[[FlushCommand], Awaitable[F
     return behave
 
 
-def gated(gate: asyncio.Event) -> Callable[[FlushCommand], Awaitable[FlushVerdict]]:
+def gated(gate: asyncio.Event, status: Verdict = "flushed") -> Callable[[FlushCommand], Awaitable[FlushVerdict]]:
     async def behave(command: FlushCommand) -> FlushVerdict:
         await gate.wait()
-        return FlushVerdict(command.flush_id, "flushed", epoch=command.epoch)
+        return FlushVerdict(command.flush_id, status, epoch=command.epoch)
 
     return behave
 
